@@ -1,0 +1,80 @@
+"""Attention on part of the keys, and how parts make the whole.
+
+Over a set of keys, attention is the mean of their values under weights exp(score); it is known by
+that mean and by the logarithm of the weights' sum. Two disjoint sets are then one set (Milakov &
+Gimelshein 2018, arXiv:1805.02867, §3; FlashAttention, arXiv:2205.14135, §3.1), in any order.
+Shapes: b batch, h heads, m queries, e value dimension.
+"""
+
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+
+from .checks import floating, refuse, same_device
+
+
+class AttentionState(NamedTuple):
+    """Attention over some keys: the mean of the values, and the natural log-sum-exp of the scores.
+
+    A row that saw no key is out = 0, lse = -inf: the neutral element of `merge`.
+    """
+
+    out: Float[Tensor, "b h m e"]
+    lse: Float[Tensor, "b h m"]
+
+
+def log_sum_exp(score: Float[Tensor, "*rows n"]) -> Float[Tensor, "*rows"]:
+    """Natural log-sum-exp over the last axis; -inf, with gradient zero, where every score is -inf."""
+    empty = (score == -torch.inf).all(-1)
+    # logsumexp itself would give such a row the gradient exp(-inf + inf) = NaN.
+    finite = score.masked_fill(rearrange(empty, "... -> ... 1"), 0.0)
+    return finite.logsumexp(-1).masked_fill(empty, -torch.inf)
+
+
+def weights(score: Float[Tensor, "*rows n"], lse: Float[Tensor, "*rows"]) -> Float[Tensor, "*rows n"]:
+    """Weight of every score under a given log-sum-exp: ``exp(score - lse)``, 0 in a row that has none."""
+    finite = lse.masked_fill(lse == -torch.inf, 0.0)
+    return (score - rearrange(finite, "... -> ... 1")).exp()
+
+
+def merge(*states: AttentionState) -> AttentionState:
+    """Attention over the union of disjoint sets of keys; associative and commutative.
+
+    Returns:
+        The merged state, in the dtype of the first state's out. Merge float32 parts
+        (``out_dtype=torch.float32``): parts that were rounded to bfloat16 stay rounded.
+
+    Raises:
+        ValueError: For no state at all, or states of different shapes.
+    """
+    if not states:
+        refuse("merge", "given at least one state", "none")
+    same_device(**{f"state {i}": state.out for i, state in enumerate(states)})
+    for state in states:
+        if state.out.shape != states[0].out.shape or state.lse.shape != states[0].out.shape[:-1]:
+            refuse("states", "of one shape", [list(state.out.shape) for state in states])
+    lse = torch.stack([state.lse for state in states], dim=-1)
+    total = log_sum_exp(lse)
+    share = weights(lse, total)
+    out = torch.stack([state.out.to(floating(lse)) for state in states], dim=-1)
+    merged = (out * rearrange(share, "... s -> ... 1 s")).sum(-1)
+    return AttentionState(merged.to(states[0].out.dtype), total)
+
+
+def add_sink(state: AttentionState, sink: Float[Tensor, " h"]) -> AttentionState:
+    """Add one key of value 0 and score ``sink`` to every row of a head (attention sinks, gpt-oss).
+
+    It belongs to the whole and not to a part: merge first, add the sink once, last.
+
+    Raises:
+        ValueError: For a sink that is not one number per head.
+    """
+    same_device(state=state.out, sink=sink)
+    if list(sink.shape) != [state.out.shape[1]]:
+        refuse("sink", f"one number per head, [{state.out.shape[1]}]", list(sink.shape))
+    score = rearrange(sink.to(state.lse.dtype), "h -> h 1").expand_as(state.lse)
+    nothing = AttentionState(torch.zeros_like(state.out), score)
+    return merge(state, nothing)
