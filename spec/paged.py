@@ -1,0 +1,75 @@
+"""Attention over a paged cache (PagedAttention, Kwon et al. 2023, arXiv:2309.06180, §4.1): by definition, gathered.
+
+A cache is a pool of pages of equally many tokens; a sequence's keys are the pages that its row of the
+block table names, in order, up to its length.
+Shapes: tokens of all sequences' queries together, b sequences, t pages of the longest, h query heads, g key heads.
+"""
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from .checks import check_lengths, check_pages
+from .masks import Mask, everything
+from .state import AttentionState
+from .varlen import attention_varlen
+
+
+def attention_paged(
+    q: Float[Tensor, "m h d"],
+    q_lengths: Int[Tensor, " b"],
+    k_pages: Float[Tensor, "pages g page d"],
+    v_pages: Float[Tensor, "pages g page e"],
+    table: Int[Tensor, "b t"],
+    lengths: Int[Tensor, " b"],
+    *,
+    mask: Mask = everything(),  # noqa: B008 - an immutable value
+    scale: float | None = None,
+    softcap: float | None = None,
+    sink: Float[Tensor, " h"] | None = None,
+    alibi: Float[Tensor, " h"] | None = None,
+    out_dtype: torch.dtype | None = None,
+    deterministic: bool = False,
+) -> AttentionState:
+    """Attend from ragged queries to the first ``lengths[b]`` keys of each sequence's pages.
+
+    Args:
+        q: Queries of all sequences, one after the other; each sequence's are the last of its keys.
+        q_lengths: Queries of each sequence.
+        k_pages: Pool of key pages.
+        v_pages: Pool of value pages.
+        table: Pages of each sequence; entries past its length are not read, and may be anything.
+        lengths: Keys of each sequence.
+        mask: See `attention`, as for the rest; positions count from the start of each sequence.
+        scale: See `attention`.
+        softcap: See `attention`.
+        sink: See `attention`.
+        alibi: See `attention`.
+        out_dtype: See `attention`.
+        deterministic: See `attention`.
+
+    Returns:
+        ``out [tokens, h, e]`` and ``lse [tokens, h]``.
+
+    Raises:
+        ValueError: For a table that does not fit the lengths or the pool, and as `attention`.
+    """
+    check_lengths(q_lengths=q_lengths, lengths=lengths)
+    check_pages(k_pages, v_pages, table, lengths)
+    return attention_varlen(
+        q, gather(k_pages, table, lengths), gather(v_pages, table, lengths), q_lengths, lengths,
+        mask=mask, scale=scale, softcap=softcap, sink=sink, alibi=alibi, out_dtype=out_dtype, deterministic=deterministic,
+    )  # fmt: skip
+
+
+def gather(
+    pages: Float[Tensor, "pages g page d"], table: Int[Tensor, "b t"], lengths: Int[Tensor, " b"]
+) -> Float[Tensor, "n g d"]:
+    """Lay the pages of every sequence out as ragged tokens."""
+    size = pages.shape[2]
+    sequences = [
+        rearrange(pages[row[: -(-length // size)]], "t g page d -> (t page) g d")[:length]
+        for row, length in zip(table.to(torch.int64), lengths.tolist(), strict=True)
+    ]
+    return torch.cat(sequences) if sequences else rearrange(pages[:0], "t g page d -> (t page) g d")
