@@ -1,0 +1,5 @@
+"""Implementations of the specification, imported by name."""
+
+from .registry import NAMES, OPERATIONS, Backend, Unsupported, load
+
+__all__ = ["NAMES", "OPERATIONS", "Backend", "Unsupported", "load"]
