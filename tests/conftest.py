@@ -1,0 +1,43 @@
+"""How every test runs: shapes of the specification checked, examples reproducible, one thread, the machine named."""
+
+import os
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+# jaxtyping rewrites functions as they are imported: later would be too late, and nothing would be checked.
+if any(name.startswith("longspan.spec") for name in sys.modules):
+    msg = "longspan.spec was imported before tests/conftest.py could instrument it"
+    raise pytest.UsageError(msg)
+CHECKED = find_spec("beartype") is not None
+if CHECKED:
+    from jaxtyping import install_import_hook
+
+    install_import_hook("longspan.spec", "beartype.beartype")
+
+# Laws differ in cost by a thousand times, and machines by ten: time is not what they test.
+settings.register_profile("dev", deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=50)
+settings.register_profile("ci", settings.get_profile("dev"), derandomize=True, print_blob=True, max_examples=100)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
+
+torch.set_num_threads(1)  # small problems only lose time in a thread pool
+
+
+def installed(package: str) -> str:
+    """Version of a package, or that there is none."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "absent"
+
+
+def pytest_report_header() -> list[str]:
+    """State what a result depends on: a bug report that pastes the header is complete."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    versions = ", ".join(f"{package} {installed(package)}" for package in ("torch", "triton", "numpy", "transformers"))
+    shapes = "checked at every call" if CHECKED else "not checked: beartype is not installed"
+    return [f"longspan: {device}; {versions}", f"longspan: shapes of longspan.spec are {shapes}"]
