@@ -1,0 +1,37 @@
+# Every target sets itself up: a fresh Linux machine with Python >= 3.11, git and make is enough.
+# PYTHON=  the interpreter to make .venv from        PIP_ARGS=  handed to pip install        ARGS=  handed to the command
+
+PYTHON ?=
+PIP_ARGS ?=
+ARGS ?=
+export PYTHON PIP_ARGS
+.DEFAULT_GOAL := help
+.PHONY: help demo test check wheel clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' Makefile
+
+demo: ## the main job: backends by name, laws against a planted bug, preflight of a real model (2 minutes after set-up)
+	@tools/setup test
+	.venv/bin/python examples/demo.py $(ARGS)
+
+test: ## every test; on a machine with a GPU, on the GPU too
+	@tools/setup test
+	.venv/bin/python -m pytest -q $(ARGS)
+
+check: ## every guard that reads the source: style, types, layers, spelling
+	@tools/setup dev
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/pyright --pythonpath .venv/bin/python
+	PYTHONPATH=.namespace .venv/bin/lint-imports
+	.venv/bin/codespell
+
+wheel: ## an sdist and, from it, a wheel, in dist/
+	@tools/setup dev
+	rm -rf dist
+	.venv/bin/python -m build --no-isolation
+	.venv/bin/check-wheel-contents --toplevel longspan dist/*.whl
+
+clean: ## remove what the other targets made
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
