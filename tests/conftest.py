@@ -17,7 +17,8 @@ CHECKED = find_spec("beartype") is not None
 if CHECKED:
     from jaxtyping import install_import_hook
 
-    install_import_hook("longspan.spec", "beartype.beartype")
+    # The tower: an int is welcome where a float is, as to every other type checker.
+    install_import_hook("longspan.spec", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
 # Laws differ in cost by a thousand times, and machines by ten: time is not what they test.
 settings.register_profile("dev", deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=50)
