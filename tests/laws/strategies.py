@@ -1,0 +1,152 @@
+"""Hypothesis strategies: which problems a law is tried on.
+
+Sizes cover 0, 1, primes and both sides of every tile boundary; every head dimension class; every mask and every
+legal join; extreme logits; needles; NaN and infinity in dead slots.
+"""
+
+from typing import Any
+
+from hypothesis import strategies as st
+
+from .problems import Attention, Rotate
+
+SEEDS = st.integers(0, 2**31 - 1)
+DTYPES = st.sampled_from(["float32", "bfloat16", "float16", "float64"])
+LENGTHS = st.one_of(
+    st.sampled_from([0, 1, 2, 3, 7, 15, 16, 17, 31, 32, 33, 63, 64, 65, 97, 127, 128, 129, 131]), st.integers(0, 140)
+)
+# One of every class: below a tile, odd multiples of 8, powers of two, two thirds of one, beyond 128.
+HEAD_DIMS = st.sampled_from([8, 16, 24, 32, 40, 64, 80, 96, 128, 192, 256])
+STORAGES = st.sampled_from(["bhmd", "bmhd", "slice", "expand"])
+
+
+@st.composite
+def splits(draw: st.DrawFn, total: int) -> list[int]:
+    """Cut a total into lengths, some of them 0, that may leave a rest over."""
+    cuts = sorted(draw(st.lists(st.integers(0, total), min_size=1, max_size=4), label="cuts"))
+    return [stop - start for start, stop in zip([0, *cuts], cuts, strict=False)]
+
+
+@st.composite
+def mask_sources(draw: st.DrawFn, b: int, m: int, n: int) -> str:
+    """Draw the source of a mask that fits the sizes: one term, or a legal join of several."""
+    size = st.integers(1, max(n, 1) + 2)
+    terms: list[str] = []
+    frame = draw(st.sampled_from(["none", "none", "lengths", "documents", "documents each", "spans"]), label="frame")
+    if frame == "spans":
+        return draw(span_sources(b, m, n))
+    if frame == "lengths":
+        terms.append(f"lengths({draw(st.lists(st.integers(0, n), min_size=b, max_size=b), label='lengths')})")
+    if frame == "documents":
+        q_lengths, k_lengths = draw(splits(m)), draw(splits(n))
+        count = min(len(q_lengths), len(k_lengths))
+        terms.append(f"documents({q_lengths[:count]}, {k_lengths[:count]})")
+    if frame == "documents each":
+        rows = [(draw(splits(m)), draw(splits(n))) for _ in range(b)]
+        pad = max(len(lengths) for row in rows for lengths in row)
+        q_rows, k_rows = (
+            [[*lengths, *[0] * (pad - len(lengths))] for lengths in side] for side in zip(*rows, strict=True)
+        )
+        terms.append(f"documents(tensor({q_rows}), tensor({k_rows}))")
+    kinds = draw(
+        st.sampled_from(
+            [
+                [], ["causal"], ["causal"], ["causal"], ["window"], ["ahead"], ["keep"], ["keep ahead"], ["prefix"], ["chunks"],
+                ["causal", "window"], ["causal", "chunks"], ["causal", "keep"], ["causal", "keep ahead"], ["window", "chunks"],
+                ["causal", "window", "chunks"], ["prefix", "window"], ["prefix", "ahead"], ["prefix", "chunks"], ["prefix", "keep ahead"],
+            ]
+        ),
+        label="kinds",
+    )  # fmt: skip
+    for kind in kinds:
+        match kind:
+            case "causal":
+                terms.append("causal()")
+            case "window":
+                terms.append(f"window({draw(size)})")
+            case "ahead":
+                terms.append(f"window({draw(size)}, ahead={draw(st.integers(0, n + 1))})")
+            case "keep":
+                terms.append(f"window({draw(size)}, keep_first={draw(size)})")
+            case "keep ahead":
+                terms.append(f"window({draw(size)}, ahead={draw(st.integers(0, 4))}, keep_first={draw(size)})")
+            case "prefix":
+                terms.append(f"prefix({draw(st.integers(0, n + 1))})")
+            case _:
+                terms.append(f"chunks({draw(size)})")
+    return " & ".join(draw(st.permutations(terms))) or "everything()"
+
+
+@st.composite
+def span_sources(draw: st.DrawFn, b: int, m: int, n: int) -> str:
+    """Draw explicit spans, nondecreasing along the rows as kernels want them."""
+    if m == 0:
+        return "everything()"
+    edges = [sorted(draw(st.lists(st.integers(0, n), min_size=m, max_size=m))) for _ in range(2)]
+    first = [min(pair) for pair in zip(*edges, strict=True)]
+    last = [max(pair) for pair in zip(*edges, strict=True)]
+    if b > 1 and draw(st.booleans()):
+        return f"spans(tensor({[first] * b}), tensor({[last] * b}))"
+    return f"spans(tensor({first}), tensor({last}))"
+
+
+@st.composite
+def attentions(draw: st.DrawFn, **fixed: Any) -> Attention:
+    """Draw an attention problem; keyword arguments fix fields."""
+
+    def choose(name: str, strategy: st.SearchStrategy[Any]) -> Any:
+        return fixed[name] if name in fixed else draw(strategy, label=name)
+
+    b, g, m = choose("b", st.integers(1, 3)), choose("g", st.integers(1, 2)), choose("m", LENGTHS)
+    n = choose("n", st.one_of(LENGTHS, st.just(m)))
+    h = g * draw(st.sampled_from([1, 1, 2, 3, 4]), label="queries per key head")
+    d = choose("d", HEAD_DIMS)
+    e = choose("e", st.one_of(st.just(d), st.just(d), HEAD_DIMS))
+    mask = choose("mask", mask_sources(b, m, n))
+    placed = st.none() if "documents" in mask else st.one_of(st.none(), st.none(), st.integers(-5, n + 5), st.tuples(*[st.integers(-5, n + 5)] * b))  # fmt: skip
+    dtype = choose("dtype", DTYPES)
+    return Attention(
+        b=b, h=h, g=g, m=m, n=n, d=d, e=e, dtype=dtype, mask=mask,
+        scale=choose("scale", st.sampled_from([None, None, 0.25, 1.0, -0.5, 0.0])),
+        softcap=choose("softcap", st.sampled_from([None, None, None, 1.0, 30.0])),
+        sink=choose("sink", st.sampled_from([None, None, 0.0, 1.0, 100.0])),
+        alibi=choose("alibi", st.sampled_from([None, None, None, 0.5])),
+        q_offset=choose("q_offset", placed),
+        k_offset=choose("k_offset", st.sampled_from([0, 0, 0, 1, 5])),
+        out_dtype=choose("out_dtype", st.sampled_from([None, None, None, "float32" if dtype != "float64" else None])),
+        storage=choose("storage", STORAGES),
+        amplitude=choose("amplitude", st.sampled_from([1.0, 1.0, 1.0, 0.0, 3.0, 10.0])),
+        mean=choose("mean", st.sampled_from([0.0, 0.0, 100.0])),
+        needle=choose("needle", st.booleans()),
+        dead=choose("dead", st.sampled_from([0.0, float("nan"), float("inf")])),
+        seed=choose("seed", SEEDS),
+    )  # fmt: skip
+
+
+# What every backend is asked most often: nothing that some backend is entitled to decline.
+PLAIN = {"softcap": None, "alibi": None, "scale": None, "q_offset": None, "k_offset": 0, "out_dtype": None}
+
+
+@st.composite
+def rotates(draw: st.DrawFn, **fixed: Any) -> Rotate:
+    """Draw a rotation problem; keyword arguments fix fields."""
+
+    def choose(name: str, strategy: st.SearchStrategy[Any]) -> Any:
+        return fixed[name] if name in fixed else draw(strategy, label=name)
+
+    g = choose("g", st.integers(1, 2))
+    d = choose("d", HEAD_DIMS)
+    return Rotate(
+        b=choose("b", st.integers(1, 3)), g=g, h=g * draw(st.sampled_from([1, 2, 5]), label="queries per key head"),
+        m=choose("m", LENGTHS), d=d,
+        planes=choose("planes", st.one_of(st.just(d // 2), st.integers(1, d // 2))),
+        dtype=choose("dtype", DTYPES),
+        pairing=choose("pairing", st.sampled_from(["half", "interleaved"])),
+        position=choose("position", st.sampled_from(["m", "bm", "abm"])),
+        largest=choose("largest", st.sampled_from([1, 4096, 2**20, 2**31 - 1])),
+        base=choose("base", st.sampled_from([1e4, 5e5, 100.0])),
+        attention_factor=choose("attention_factor", st.sampled_from([1.0, 1.3465735902799727, 0.5])),
+        rows=choose("rows", st.booleans()),
+        storage=choose("storage", STORAGES),
+        seed=choose("seed", SEEDS),
+    )  # fmt: skip
