@@ -26,7 +26,11 @@ CHANCE = {"rand", "randn", "randint", "randperm", "bernoulli", "multinomial", "n
 
 def offences(source: str) -> list[str]:
     """List what in a file acts: changes an argument, remembers, or depends on more than its arguments."""
-    return [f"line {node.lineno}: {ast.unparse(node)}" for node in ast.walk(ast.parse(source)) if acts(node)]
+    return [
+        f"line {getattr(node, 'lineno', '?')}: {ast.unparse(node)}"
+        for node in ast.walk(ast.parse(source))
+        if acts(node)
+    ]
 
 
 def acts(node: ast.AST) -> bool:  # noqa: PLR0911 - one line a kind of act
