@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from torch import Tensor
+
 from longspan.spec import (
     add_sink,
     append,
@@ -13,7 +15,6 @@ from longspan.spec import (
     rotate,
     rotate_qk,
 )
-from torch import Tensor
 
 __all__ = [
     "add_sink", "append_", "attention", "attention_paged", "attention_varlen",

@@ -14,7 +14,8 @@ from longspan.spec import AttentionState
 NAMES: Final = ("sdpa", "eager")
 
 OPERATIONS: Final = (
-    "rotate", "rotate_qk", "rerotate", "attention", "attention_varlen", "attention_paged", "append_", "merge", "add_sink",
+    "rotate", "rotate_qk", "rerotate", "attention", "attention_varlen", "attention_paged", "append_", "merge",
+    "add_sink",
 )  # fmt: skip
 
 

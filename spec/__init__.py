@@ -12,5 +12,6 @@ from .varlen import attention_varlen
 
 __all__ = [
     "AttentionState", "Bounds", "Rotation", "add_sink", "angle", "angle_of_turns", "append", "attention",
-    "attention_paged", "attention_tiled", "attention_varlen", "bounds", "inv_freq", "masks", "merge", "rerotate", "rotate", "rotate_qk", "scaling", "turns", "visible",
+    "attention_paged", "attention_tiled", "attention_varlen", "bounds", "inv_freq", "masks", "merge", "rerotate",
+    "rotate", "rotate_qk", "scaling", "turns", "visible",
 ]  # fmt: skip

@@ -38,7 +38,8 @@ def append(
         pairing: See `rotate`.
 
     Raises:
-        ValueError: For shapes that do not fit, a slot outside the cache or given twice, or a rotation without positions.
+        ValueError: For shapes that do not fit, or a rotation without positions.
+        IndexError: For a slot outside the cache.
     """
     check_append(k, v, k_cache, v_cache, slot, position, rotation is not None)
     if rotation is not None and position is not None:

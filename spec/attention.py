@@ -31,7 +31,7 @@ def attention(
     q_offset: int | Int[Tensor, " b"] | None = None,
     k_offset: int = 0,
     out_dtype: torch.dtype | None = None,
-    deterministic: bool = False,  # noqa: ARG001, FBT001, FBT002 - the definition always is
+    deterministic: bool = False,  # noqa: ARG001 - the definition always is
 ) -> AttentionState:
     """Attend from every query to the keys that it sees.
 

@@ -36,7 +36,7 @@ def same_device(**tensors: object) -> None:
 
 def check_planes(method: str, d: int, **positive: float) -> None:
     """Refuse an odd or empty rotary dimension and parameters that are not finite and above zero."""
-    if d < 2 or d % 2:  # noqa: PLR2004
+    if d < 2 or d % 2:
         refuse(f"{method}: d, the number of rotated coordinates,", "even and at least 2", d)
     for name, value in positive.items():
         if not (math.isfinite(value) and value > 0):
@@ -50,14 +50,14 @@ def check_rotate(
     same_device(x=x, position=position, inv_freq=inv_freq, attention_factor=factor, axis=axis)
     if pairing not in PAIRINGS:
         refuse("pairing", " or ".join(PAIRINGS), repr(pairing))
-    if x.ndim != 4 or x.dtype not in FLOATS:  # noqa: PLR2004
+    if x.ndim != 4 or x.dtype not in FLOATS:
         refuse("x", "a floating tensor [b, h, m, d]", f"{x.dtype} {list(x.shape)}")
     if position.dtype not in INTEGERS:
         refuse("position", "int32 or int64", position.dtype)
     b, _, m, d = x.shape
     if 2 * inv_freq.shape[-1] > d:
         refuse("the planes of a rotation", f"at most d / 2 = {d // 2} for d = {d}", inv_freq.shape[-1])
-    shapes = ([m], [1, m], [b, m]) if position.ndim < 3 else ([position.shape[0], 1, m], [position.shape[0], b, m])  # noqa: PLR2004
+    shapes = ([m], [1, m], [b, m]) if position.ndim < 3 else ([position.shape[0], 1, m], [position.shape[0], b, m])
     if list(position.shape) not in shapes:
         refuse("position", f"[{m}], [{b}, {m}] or [axes, {b}, {m}] for x {list(x.shape)}", list(position.shape))
     if list(inv_freq.shape[:-1]) not in ([], [1], [b]):
@@ -80,7 +80,7 @@ def check_attention(  # noqa: C901
     """Refuse an attention problem whose parts do not fit each other."""
     same_device(q=q, k=k, v=v, sink=sink, alibi=alibi, q_offset=q_offset)
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.ndim != 4 or x.dtype not in FLOATS:  # noqa: PLR2004
+        if x.ndim != 4 or x.dtype not in FLOATS:
             refuse(name, "a floating tensor [batch, heads, tokens, head_dim]", f"{x.dtype} {list(x.shape)}")
     if not q.dtype == k.dtype == v.dtype:
         refuse("q, k and v", "of one dtype", f"{q.dtype}, {k.dtype} and {v.dtype}")
@@ -124,13 +124,13 @@ def check_lengths(**lengths: Tensor) -> None:
 def check_pages(k_pages: Tensor, v_pages: Tensor, table: Tensor, lengths: Tensor) -> None:
     """Refuse a block table that cannot hold the lengths, or names pages that the pool lacks."""
     same_device(k_pages=k_pages, v_pages=v_pages, table=table, lengths=lengths)
-    if k_pages.ndim != 4 or v_pages.ndim != 4 or k_pages.shape[:3] != v_pages.shape[:3] or k_pages.shape[2] == 0:  # noqa: PLR2004
+    if k_pages.ndim != 4 or v_pages.ndim != 4 or k_pages.shape[:3] != v_pages.shape[:3] or k_pages.shape[2] == 0:
         refuse(
             "k_pages and v_pages",
             "[pages, heads, page, dim] with equal pages",
             f"{list(k_pages.shape)} and {list(v_pages.shape)}",
         )
-    if table.ndim != 2 or table.shape[0] != lengths.shape[0] or table.dtype not in INTEGERS:  # noqa: PLR2004
+    if table.ndim != 2 or table.shape[0] != lengths.shape[0] or table.dtype not in INTEGERS:
         refuse(
             "table",
             f"integers [{lengths.shape[0]}, pages of the longest sequence]",
@@ -150,7 +150,7 @@ def check_append(
     """Refuse new tokens that do not fit the cache they are written to."""
     same_device(k=k, v=v, k_cache=k_cache, v_cache=v_cache, slot=slot, position=position)
     for name, x, cache in (("k", k, k_cache), ("v", v, v_cache)):
-        if x.ndim != 3 or cache.ndim != 4 or (x.shape[1], x.shape[2]) != (cache.shape[1], cache.shape[3]):  # noqa: PLR2004
+        if x.ndim != 3 or cache.ndim != 4 or (x.shape[1], x.shape[2]) != (cache.shape[1], cache.shape[3]):
             refuse(
                 f"{name} and {name}_cache",
                 "[tokens, heads, dim] and [rows, heads, size, dim]",

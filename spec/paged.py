@@ -59,7 +59,8 @@ def attention_paged(
     check_pages(k_pages, v_pages, table, lengths)
     return attention_varlen(
         q, gather(k_pages, table, lengths), gather(v_pages, table, lengths), q_lengths, lengths,
-        mask=mask, scale=scale, softcap=softcap, sink=sink, alibi=alibi, out_dtype=out_dtype, deterministic=deterministic,
+        mask=mask, scale=scale, softcap=softcap, sink=sink, alibi=alibi, out_dtype=out_dtype,
+        deterministic=deterministic,
     )  # fmt: skip
 
 
@@ -69,7 +70,7 @@ def gather(
     """Lay the pages of every sequence out as ragged tokens."""
     size = pages.shape[2]
     sequences = [
-        rearrange(pages[row[: -(-length // size)]], "t g page d -> (t page) g d")[:length]
-        for row, length in zip(table.to(torch.int64), lengths.tolist(), strict=True)
+        rearrange(pages[row[: -(-int(length) // size)]], "t g page d -> (t page) g d")[: int(length)]
+        for row, length in zip(table.to(torch.int64), lengths, strict=True)
     ]
     return torch.cat(sequences) if sequences else rearrange(pages[:0], "t g page d -> (t page) g d")

@@ -14,7 +14,7 @@ from einops import rearrange
 from jaxtyping import Float, Float64, Int, Int64
 from torch import Tensor
 
-from .checks import check_rotate, floating
+from .checks import check_rotate, floating, refuse
 from .pairing import Pairing, join, split
 
 
@@ -58,7 +58,7 @@ def angle(position: Int[Tensor, "*shape"], rotation: Rotation) -> Float64[Tensor
 
     A float64 product is exact to 1.2e-7 rad below position 2^31; a float32 one is off by 3e-2 at a million.
     """
-    if position.ndim == 3:  # noqa: PLR2004 - [axes, b, m]: each plane reads its own axis
+    if position.ndim == 3:
         planes = rotation.inv_freq.shape[-1]
         axis = (
             torch.zeros(planes, dtype=torch.int64, device=position.device) if rotation.axis is None else rotation.axis
@@ -114,8 +114,7 @@ def rotate_qk(
 def between(old: Rotation, new: Rotation) -> Rotation:
     """Speak ``new · old⁻¹``: what turns keys that are already under ``old`` to where ``new`` puts them."""
     if old.inv_freq.shape[-1] != new.inv_freq.shape[-1]:
-        msg = f"rerotate needs rotations of equally many planes, got {old.inv_freq.shape[-1]} and {new.inv_freq.shape[-1]}"
-        raise ValueError(msg)
+        refuse("rotations of rerotate", "of equally many planes", [r.inv_freq.shape[-1] for r in (old, new)])
     return replace(
         new,
         inv_freq=new.inv_freq - old.inv_freq,

@@ -24,7 +24,8 @@ from .state import AttentionState, add_sink
 class Fold(NamedTuple):
     """Attention to the tiles read so far, not yet divided: the registers of a kernel.
 
-    ``peak`` is the largest score so far, ``total`` the sum of exp(score - peak), ``acc`` that sum weighted by the values.
+    ``peak`` is the largest score so far, ``total`` the sum of exp(score - peak), ``acc`` that sum weighted by
+    the values.
     """
 
     peak: Float[Tensor, "b g r m"]
@@ -76,7 +77,7 @@ def attention_tiled(
 
     def row_tile(rows: slice) -> AttentionState:
         """Fold every key tile into one tile of queries."""
-        here = Bounds(*(x[:, rows] if isinstance(x, Tensor) else x for x in seen))
+        here = Bounds(seen.first[:, rows], seen.last[:, rows], seen.base[:, rows], seen.keep, seen.position[:, rows])
         query = q[:, :, rows].to(floating(q))
 
         def step(fold: Fold, start: int) -> Fold:
@@ -106,7 +107,7 @@ def attention_tiled(
 
 
 def absorb(fold: Fold, score: Float[Tensor, "b g r m n"], value: Float[Tensor, "b g n e"]) -> Fold:
-    """Add a tile of keys: rescale what was summed under the old peak, then add (FlashAttention-2, Algorithm 1, lines 9-10)."""
+    """Add a tile of keys: rescale what was summed under the old peak (FlashAttention-2, Algorithm 1, lines 9-10)."""
     peak = torch.maximum(fold.peak, score.amax(-1))
     # A row that has seen no key yet has no peak; any finite one will do.
     finite = peak.masked_fill(peak == -torch.inf, 0.0)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, reject
 from hypothesis import strategies as st
+
 from longspan import backends
 from longspan.laws import LAWS, Law
 

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from einops import rearrange, repeat
+from torch import Tensor
+
 from longspan.backends import Backend
 from longspan.spec import AttentionState, masks
-from torch import Tensor
 
 from .budget import Bound, attention_bounds, worst
 from .problems import Attention, Inputs
@@ -81,10 +82,11 @@ def keys_split_anywhere(backend: Backend, problem: Attention, device: Device = "
         placed = total - problem.m  # what bottom-right means for the whole
     cut = problem.seed % (n + 1)
     wide = torch.float64 if of.q.dtype == torch.float64 else torch.float32
+    shared = {**options, "sink": None, "q_offset": placed, "out_dtype": wide}
     parts = [
         backend.attention(
             of.q, of.k[:, :, keys], of.v[:, :, keys],
-            **{**options, "sink": None, "q_offset": placed, "k_offset": options["k_offset"] + keys.start, "out_dtype": wide},
+            **{**shared, "k_offset": options["k_offset"] + keys.start},
         )
         for keys in (slice(cut, n), slice(0, cut))
     ]  # fmt: skip

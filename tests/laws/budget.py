@@ -2,9 +2,10 @@
 
 The truth is the specification in float64. The budget is twice a first-order rounding envelope, computed in
 float64 from the inputs alone: it grows with the problem's own condition and never with what an implementation
-returned. With ε the rounding of the inputs' dtype, and 8·eps32 that of what is computed in float32, a weight P is
-off by ``u·P``, u = ε + 8·eps32·(max|score| + |lse| + 1); roundings of different keys are independent and add as
-root sum of squares. Shapes: b batch, g key heads, r query heads of each, m queries, n keys, d head and e value dimension.
+returned. With ε the rounding of the inputs' dtype, and 8·eps32 that of what is computed in float32, a weight
+P is off by ``u·P``, u = ε + 8·eps32·(max|score| + |lse| + 1); roundings of different keys are independent and
+add as root sum of squares.
+Shapes: b batch, g key heads, r query heads of each, m queries, n keys, d head and e value dimension.
 """
 
 import math
@@ -12,13 +13,14 @@ from typing import NamedTuple
 
 import torch
 from einops import einsum, rearrange
+from torch import Tensor
+
 from longspan.spec import Rotation, angle, attention
 from longspan.spec.attention import penalty, scores
 from longspan.spec.bounds import bounds, visible
 from longspan.spec.checks import floating
 from longspan.spec.masks import Mask, everything
 from longspan.spec.state import weights
-from torch import Tensor
 
 ANGLE = 3e-7  # radians: what the contract allows an angle to be off, at any position below 2^31
 
@@ -68,9 +70,12 @@ def epsilon(*dtypes: torch.dtype | None) -> float:
 def smallest(dtype: torch.dtype) -> float:
     """How far a number may be off by underflow.
 
-    Hardware flushes float32 below its least normal number, but keeps float16's subnormal ones.
+    Hardware flushes float32 below its least normal number, but keeps float16's subnormal ones. In float64 it is the
+    squares of the budget itself that underflow, far above the least number.
     """
     info = torch.finfo(dtype)
+    if dtype == torch.float64:
+        return math.sqrt(info.tiny)
     return info.tiny * info.eps if dtype == torch.float16 else info.tiny
 
 
@@ -113,7 +118,7 @@ def attention_bounds(
     Arguments are those of `longspan.spec.attention`, in the dtype under test.
     """
     eps, fine = epsilon(q.dtype, out_dtype), 8 * torch.finfo(floating(q)).eps
-    (b, h, m, d), (_, g, n, _) = q.shape, k.shape
+    (b, _, m, d), (_, g, n, _) = q.shape, k.shape
     factor = 1 / math.sqrt(d) if scale is None else scale
     seen = bounds(mask, b, m, n, q_offset=q_offset, k_offset=k_offset, device=q.device)
     see = visible(seen, n)

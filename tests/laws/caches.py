@@ -4,9 +4,10 @@ from typing import Any
 
 import torch
 from einops import rearrange
+from torch import Tensor
+
 from longspan.backends import Backend
 from longspan.spec import Rotation, inv_freq
-from torch import Tensor
 
 from .attention import compare
 from .budget import Bound, attention_bounds, worst
@@ -121,7 +122,7 @@ def appending_is_concatenation(backend: Backend, problem: Attention, device: Dev
     tokens = min(problem.n, rows * size)
     k, v = (rearrange(x[:1, :, :tokens], "1 g t d -> t g d") for x in (of.k, of.v))
     free = torch.randperm(rows * size, generator=draw)[:tokens]
-    slot = torch.where(torch.rand(tokens, generator=draw) < 0.2, -1, free)  # noqa: PLR2004 - some are skipped
+    slot = torch.where(torch.rand(tokens, generator=draw) < 0.2, -1, free)
     position = torch.randint(2**20, (tokens,), generator=draw).to(device)
     planes = 1 + problem.seed % (problem.d // 2)
     rotation = Rotation(inv_freq(2 * planes), attention_factor=1.25).to(device) if problem.seed % 3 else None

@@ -9,9 +9,11 @@ from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
+from torch import Tensor
+
 from longspan.spec import Rotation, bounds, inv_freq, masks, visible
 from longspan.spec.masks import Mask
-from torch import Tensor
+from longspan.spec.pairing import Pairing
 
 
 class Inputs(NamedTuple):
@@ -112,7 +114,7 @@ class Attention:
         }  # fmt: skip
         d_out = normal(self.b, self.h, self.m, self.e).to(options["out_dtype"] or dtype)
         d_lse = normal(self.b, self.h, self.m).to(wide)
-        return Inputs(*(to(x, device) for x in (q, k, v)), d_out.to(device), d_lse.to(device), options)
+        return Inputs(to(q, device), to(k, device), to(v, device), d_out.to(device), d_lse.to(device), options)
 
     def lay(self, x: Tensor) -> Tensor:
         """Lay a tensor out in memory as the problem asks; its values do not change."""
@@ -150,7 +152,7 @@ class Rotate:
     d: int = 16
     planes: int = 8
     dtype: str = "float32"
-    pairing: str = "half"
+    pairing: Pairing = "half"
     position: str = "m"
     largest: int = 4096
     base: float = 10_000.0

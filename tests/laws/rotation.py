@@ -2,10 +2,11 @@
 
 import torch
 from einops import rearrange
+from torch import Tensor
+
 from longspan.backends import Backend
 from longspan.spec import Rotation, angle, rotate
-from longspan.spec.pairing import join, split
-from torch import Tensor
+from longspan.spec.pairing import Pairing, join, split
 
 from .budget import ANGLE, Bound, epsilon, rotate_bound, worst
 from .problems import Rotate
@@ -13,14 +14,14 @@ from .problems import Rotate
 Device = torch.device | str
 
 
-def partner(x: Tensor, planes: int, pairing: str) -> Tensor:
+def partner(x: Tensor, planes: int, pairing: Pairing) -> Tensor:
     """The other coordinate of each plane; NaN in the tail, which has none."""
     real, imag = split(x[..., : 2 * planes], pairing)
     tail = torch.full_like(x[..., 2 * planes :], torch.nan)
     return torch.cat([join(imag, real, pairing), tail], -1)
 
 
-def bound(x: Tensor, position: Tensor, rotation: Rotation, pairing: str) -> Bound:
+def bound(x: Tensor, position: Tensor, rotation: Rotation, pairing: Pairing) -> Bound:
     """Bound the rotation of x."""
     truth = rotate(x.double(), position, rotation, pairing=pairing)
     return rotate_bound(truth, x, position, rotation, partner(x, rotation.inv_freq.shape[-1], pairing))

@@ -1,9 +1,10 @@
 """Laws of states: parts of attention make the whole in any order, and a sink is one more key."""
 
 import torch
+from torch import Tensor
+
 from longspan.backends import Backend
 from longspan.spec import AttentionState, merge
-from torch import Tensor
 
 from .attention import compare
 from .budget import Bound, epsilon, smallest
@@ -20,7 +21,7 @@ def parts(problem: Attention, device: Device) -> tuple[list[AttentionState], Ten
     shape = (problem.b, problem.h, problem.m)
     states = []
     for _ in range(2 + problem.seed % 3):
-        empty = torch.rand(shape, generator=draw) < 0.25  # noqa: PLR2004 - often enough to meet all-empty rows
+        empty = torch.rand(shape, generator=draw) < 0.25
         lse = (problem.amplitude * 10 * torch.randn(shape, generator=draw)).masked_fill(empty, -torch.inf).to(wide)
         out = (
             (problem.mean + torch.randn(*shape, problem.e, generator=draw)).masked_fill(empty[..., None], 0.0).to(dtype)

@@ -27,53 +27,53 @@ def splits(draw: st.DrawFn, total: int) -> list[int]:
     return [stop - start for start, stop in zip([0, *cuts], cuts, strict=False)]
 
 
+KINDS = (
+    [], ["causal"], ["causal"], ["causal"], ["window"], ["ahead"], ["keep"], ["keep ahead"], ["prefix"], ["chunks"],
+    ["causal", "window"], ["causal", "chunks"], ["causal", "keep"], ["causal", "keep ahead"], ["window", "chunks"],
+    ["causal", "window", "chunks"], ["prefix", "window"], ["prefix", "ahead"], ["prefix", "chunks"],
+    ["prefix", "keep ahead"],
+)  # fmt: skip
+
+
+def term(kind: str, n: int) -> st.SearchStrategy[str]:
+    """Draw the source of one term of a mask over n keys."""
+    size, ahead = st.integers(1, max(n, 1) + 2), st.integers(0, n + 1)
+    return {
+        "causal": st.just("causal()"),
+        "window": st.builds("window({})".format, size),
+        "ahead": st.builds("window({}, ahead={})".format, size, ahead),
+        "keep": st.builds("window({}, keep_first={})".format, size, size),
+        "keep ahead": st.builds("window({}, ahead={}, keep_first={})".format, size, ahead, size),
+        "prefix": st.builds("prefix({})".format, ahead),
+        "chunks": st.builds("chunks({})".format, size),
+    }[kind]
+
+
+@st.composite
+def frames(draw: st.DrawFn, b: int, m: int, n: int) -> list[str]:
+    """Draw what sets lengths: nothing, a length per sequence, or documents, alike or different in each sequence."""
+    match draw(st.sampled_from(["none", "none", "lengths", "documents", "documents each"]), label="frame"):
+        case "lengths":
+            return [f"lengths({draw(st.lists(st.integers(0, n), min_size=b, max_size=b), label='lengths')})"]
+        case "documents":
+            q_lengths, k_lengths = draw(splits(m)), draw(splits(n))
+            count = min(len(q_lengths), len(k_lengths))
+            return [f"documents({q_lengths[:count]}, {k_lengths[:count]})"]
+        case "documents each":
+            rows = [(draw(splits(m)), draw(splits(n))) for _ in range(b)]
+            longest = max(len(lengths) for row in rows for lengths in row)
+            q_rows, k_rows = ([[*x, *[0] * (longest - len(x))] for x in side] for side in zip(*rows, strict=True))
+            return [f"documents(tensor({q_rows}), tensor({k_rows}))"]
+        case _:
+            return []
+
+
 @st.composite
 def mask_sources(draw: st.DrawFn, b: int, m: int, n: int) -> str:
     """Draw the source of a mask that fits the sizes: one term, or a legal join of several."""
-    size = st.integers(1, max(n, 1) + 2)
-    terms: list[str] = []
-    frame = draw(st.sampled_from(["none", "none", "lengths", "documents", "documents each", "spans"]), label="frame")
-    if frame == "spans":
+    if draw(st.integers(0, 7), label="spans if 7") == 7:
         return draw(span_sources(b, m, n))
-    if frame == "lengths":
-        terms.append(f"lengths({draw(st.lists(st.integers(0, n), min_size=b, max_size=b), label='lengths')})")
-    if frame == "documents":
-        q_lengths, k_lengths = draw(splits(m)), draw(splits(n))
-        count = min(len(q_lengths), len(k_lengths))
-        terms.append(f"documents({q_lengths[:count]}, {k_lengths[:count]})")
-    if frame == "documents each":
-        rows = [(draw(splits(m)), draw(splits(n))) for _ in range(b)]
-        pad = max(len(lengths) for row in rows for lengths in row)
-        q_rows, k_rows = (
-            [[*lengths, *[0] * (pad - len(lengths))] for lengths in side] for side in zip(*rows, strict=True)
-        )
-        terms.append(f"documents(tensor({q_rows}), tensor({k_rows}))")
-    kinds = draw(
-        st.sampled_from(
-            [
-                [], ["causal"], ["causal"], ["causal"], ["window"], ["ahead"], ["keep"], ["keep ahead"], ["prefix"], ["chunks"],
-                ["causal", "window"], ["causal", "chunks"], ["causal", "keep"], ["causal", "keep ahead"], ["window", "chunks"],
-                ["causal", "window", "chunks"], ["prefix", "window"], ["prefix", "ahead"], ["prefix", "chunks"], ["prefix", "keep ahead"],
-            ]
-        ),
-        label="kinds",
-    )  # fmt: skip
-    for kind in kinds:
-        match kind:
-            case "causal":
-                terms.append("causal()")
-            case "window":
-                terms.append(f"window({draw(size)})")
-            case "ahead":
-                terms.append(f"window({draw(size)}, ahead={draw(st.integers(0, n + 1))})")
-            case "keep":
-                terms.append(f"window({draw(size)}, keep_first={draw(size)})")
-            case "keep ahead":
-                terms.append(f"window({draw(size)}, ahead={draw(st.integers(0, 4))}, keep_first={draw(size)})")
-            case "prefix":
-                terms.append(f"prefix({draw(st.integers(0, n + 1))})")
-            case _:
-                terms.append(f"chunks({draw(size)})")
+    terms = [*draw(frames(b, m, n)), *(draw(term(kind, n)) for kind in draw(st.sampled_from(KINDS), label="kinds"))]
     return " & ".join(draw(st.permutations(terms))) or "everything()"
 
 
@@ -103,7 +103,9 @@ def attentions(draw: st.DrawFn, **fixed: Any) -> Attention:
     d = choose("d", HEAD_DIMS)
     e = choose("e", st.one_of(st.just(d), st.just(d), HEAD_DIMS))
     mask = choose("mask", mask_sources(b, m, n))
-    placed = st.none() if "documents" in mask else st.one_of(st.none(), st.none(), st.integers(-5, n + 5), st.tuples(*[st.integers(-5, n + 5)] * b))  # fmt: skip
+    somewhere = st.integers(-5, n + 5)
+    placed = st.one_of(st.none(), st.none(), somewhere, st.tuples(*[somewhere] * b))
+    placed = st.none() if "documents" in mask else placed
     dtype = choose("dtype", DTYPES)
     return Attention(
         b=b, h=h, g=g, m=m, n=n, d=d, e=e, dtype=dtype, mask=mask,
