@@ -147,6 +147,13 @@ def test_paths_named_in_readme_exist() -> None:
 
 
 @from_sources
+def test_examples_in_readme_run() -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    assert blocks
+    fresh("\n".join(blocks))
+
+
+@from_sources
 def test_every_target_of_the_makefile_is_explained_and_real() -> None:
     text = (ROOT / "Makefile").read_text("utf-8")
     phony = next(line for line in text.splitlines() if line.startswith(".PHONY:")).split()[1:]
