@@ -1,0 +1,220 @@
+# pyright: basic, reportArgumentType=false
+"""The rotation of rotary embedding in Triton (Su et al. 2021, arXiv:2104.09864, §3.2.2), with exact angles and no table.
+
+A program owns BLOCK_M tokens: it makes their cosines and sines once and turns all their heads by them.
+Angles are 64-bit integers, a full turn being 2^64 (`longspan.spec.turns`), so a position has no rounding at all.
+Shapes of tiles: M tokens, P planes, H heads, C columns copied.
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def turns_of(inv_freq):
+    """Return turns per token in units of 2^-64: `longspan.spec.turns` step by step, hence bit for bit (below 2^51 turns)."""
+    fraction = inv_freq / 6.283185307179586
+    # Adding 1.5 · 2^52 leaves no bit behind the point: round to nearest even, as torch does.
+    fraction = fraction - ((fraction + 6755399441055744.0) - 6755399441055744.0)
+    scaled = fraction * 18446744073709551616.0
+    return tl.minimum(tl.maximum(scaled, -9223372036854775808.0), 9223372036854774784.0).to(tl.int64)
+
+
+@triton.jit
+def cosine_sine(position, turns, INVERSE: tl.constexpr):
+    """Return cosine and sine of ``position · turns`` in float32, each within 1.1e-7.
+
+    The nearest quarter turn is taken off in integers; on the rest, |t| <= 1/2 quarter, polynomials are minimax
+    (1.2e-9 and 5.4e-11), so what is left is their rounding. There is no slow path for large angles.
+    """
+    high = ((position * turns) >> 32).to(tl.int32)
+    quarter = ((high >> 29) + 1) >> 1
+    t = ((high << 2) >> 2).to(tl.float32) * 9.313225746154785e-10  # 2^-30: the low 30 bits, signed, of a quarter
+    u = t * t
+    s = t * (((u * -0.004592289216816425 + 0.07967590540647507) * u - 0.6459629535675049) * u + 1.570796251296997)
+    c = 1.0 + u * (((u * 0.0009040216682478786 - 0.02086028829216957) * u + 0.25366923213005066) * u - 1.2337005138397217)
+    odd = (quarter & 1) != 0
+    sin, cos = tl.where(odd, c, s), tl.where(odd, s, c)
+    sin = tl.where((quarter & 2) != 0, -sin, sin)
+    cos = tl.where(((quarter + 1) & 2) != 0, -cos, cos)
+    if INVERSE:
+        sin = -sin
+    return cos, sin
+
+
+@triton.jit
+def rotation_of(
+    position, inv_freq, factor_rows, axis, factor, b, i, live, axes,
+    position_axis, position_b, position_m, inv_freq_b, factor_b,
+    ROWS: tl.constexpr, INVERSE: tl.constexpr, PLANES: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """Return cosines and sines [M, P] of a block of tokens, the attention factor in them."""
+    plane = tl.arange(0, BLOCK_P)
+    real = plane < PLANES
+    if ROWS:
+        speed = tl.load(inv_freq + b[:, None] * inv_freq_b + plane[None, :], live[:, None] & real[None, :], 0.0)
+    else:
+        speed = tl.load(inv_freq + plane, real, 0.0)[None, :]
+    at = b * position_b + i * position_m
+    if axis is None:
+        where = tl.load(position + at, live, 0).to(tl.int64)[:, None]
+    else:
+        driver = tl.load(axis + plane, real, 0)
+        driver = tl.where(driver < 0, driver + axes, driver)
+        known = real & (driver >= 0) & (driver < axes)  # an axis that is not there must not be read
+        where = tl.load(
+            position + at[:, None] + (driver * position_axis)[None, :], live[:, None] & known[None, :], 0
+        ).to(tl.int64)
+    cos, sin = cosine_sine(where, turns_of(speed), INVERSE)
+    if factor_rows is not None:
+        factor = tl.load(factor_rows + b * factor_b, live, 0.0).to(tl.float32)[:, None]
+    return cos * factor, sin * factor
+
+
+@triton.jit
+def turn_heads(
+    x, out, row, out_row, live, heads, stride, out_stride, first, step, cos, sin,
+    PLANES: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """Turn the first 2 · PLANES coordinates of the heads ``first, first + step, …`` of a block of tokens."""
+    for start in range(first, heads, step):
+        head = start + tl.arange(0, BLOCK_H)
+        source = x + row[None, :, None] + (head.to(tl.int64) * stride)[:, None, None]  # [H, M, 1]
+        target = out + out_row[None, :, None] + (head.to(tl.int64) * out_stride)[:, None, None]
+        keep = live[None, :, None] & (head < heads)[:, None, None]
+        if INTERLEAVED:
+            column = tl.arange(0, 2 * BLOCK_P)[None, None, :]
+            if PLANES != BLOCK_P:
+                keep = keep & (column < 2 * PLANES)
+            pair = tl.load(source + column, keep, 0.0).to(tl.float32)
+            real, imag = tl.split(tl.reshape(pair, [BLOCK_H, BLOCK_M, BLOCK_P, 2]))
+            turned = tl.join(real * cos[None] - imag * sin[None], real * sin[None] + imag * cos[None])
+            turned = tl.reshape(turned, [BLOCK_H, BLOCK_M, 2 * BLOCK_P])
+            tl.store(target + column, turned.to(out.dtype.element_ty), keep)
+        else:
+            plane = tl.arange(0, BLOCK_P)[None, None, :]
+            if PLANES != BLOCK_P:
+                keep = keep & (plane < PLANES)
+            real = tl.load(source + plane, keep, 0.0).to(tl.float32)
+            imag = tl.load(source + plane + PLANES, keep, 0.0).to(tl.float32)
+            tl.store(target + plane, (real * cos[None] - imag * sin[None]).to(out.dtype.element_ty), keep)
+            tl.store(target + plane + PLANES, (real * sin[None] + imag * cos[None]).to(out.dtype.element_ty), keep)
+
+
+@triton.jit
+def copy_heads(
+    x, out, row, out_row, live, heads, stride, out_stride, first, step,
+    COLUMN: tl.constexpr, COUNT: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Copy COUNT columns, from COLUMN on, of the heads ``first, first + step, …`` of a block of tokens."""
+    column = tl.arange(0, BLOCK_C)[None, None, :]
+    for start in range(first, heads, step):
+        head = start + tl.arange(0, BLOCK_H)
+        source = x + row[None, :, None] + (head.to(tl.int64) * stride)[:, None, None]
+        target = out + out_row[None, :, None] + (head.to(tl.int64) * out_stride)[:, None, None]
+        keep = live[None, :, None] & (head < heads)[:, None, None] & (column < COUNT)
+        tl.store(target + COLUMN + column, tl.load(source + COLUMN + column, keep, 0.0), keep)
+
+
+@triton.jit
+def rotate_kernel(
+    q, q_out, k, k_out, position, inv_freq, factor_rows, axis, factor, tokens, m, axes, q_heads, k_heads,
+    q_b, q_h, q_m, q_out_b, q_out_h, q_out_m, k_b, k_h, k_m, k_out_b, k_out_h, k_out_m,
+    position_axis, position_b, position_m, inv_freq_b, factor_b,
+    PLANES: tl.constexpr, Q_TAIL: tl.constexpr, K_TAIL: tl.constexpr,
+    ROWS: tl.constexpr, INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """Turn BLOCK_M tokens of q and of k; ``program_id(1)`` of SPLIT shares the heads out where tokens are few."""
+    token = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # of all sequences, in order
+    live = token < tokens
+    b = token // m
+    i = token - b * m
+    first, step = tl.program_id(1) * BLOCK_H, SPLIT * BLOCK_H
+    q_row, q_out_row = b * q_b + i * q_m, b * q_out_b + i * q_out_m
+    k_row, k_out_row = b * k_b + i * k_m, b * k_out_b + i * k_out_m
+    if PLANES > 0:
+        cos, sin = rotation_of(
+            position, inv_freq, factor_rows, axis, factor, b, i, live, axes,
+            position_axis, position_b, position_m, inv_freq_b, factor_b, ROWS, INVERSE, PLANES, BLOCK_P,
+        )  # fmt: skip
+        turn_heads(
+            q, q_out, q_row, q_out_row, live, q_heads, q_h, q_out_h, first, step, cos, sin,
+            PLANES, INTERLEAVED, BLOCK_M, BLOCK_H, BLOCK_P,
+        )  # fmt: skip
+        turn_heads(
+            k, k_out, k_row, k_out_row, live, k_heads, k_h, k_out_h, first, step, cos, sin,
+            PLANES, INTERLEAVED, BLOCK_M, BLOCK_H, BLOCK_P,
+        )  # fmt: skip
+    if Q_TAIL > 0:
+        copy_heads(
+            q, q_out, q_row, q_out_row, live, q_heads, q_h, q_out_h, first, step, 2 * PLANES, Q_TAIL, BLOCK_H, BLOCK_C
+        )
+    if K_TAIL > 0:
+        copy_heads(
+            k, k_out, k_row, k_out_row, live, k_heads, k_h, k_out_h, first, step, 2 * PLANES, K_TAIL, BLOCK_H, BLOCK_C
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeChoice:
+    """Launch parameters of the rotation: a tile is ``tokens × heads`` rows; ``split`` programs share a token's heads."""
+
+    tokens: int
+    heads: int
+    split: int
+    num_warps: int
+
+
+def choose_rope(tokens: int, heads: int, planes: int) -> RopeChoice:
+    """Pick launch parameters: enough programs to fill a GPU first, few sines a head second."""
+    block_p = triton.next_power_of_2(max(planes, 1))
+    block_m = max(1, min(16, 1024 // block_p))
+    return RopeChoice(tokens=block_m, heads=2, split=1, num_warps=4)
+
+
+def on(device: torch.device) -> AbstractContextManager[Any]:
+    """Make a device the current one, on which Triton launches."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
+
+
+def strides_of(position: Tensor) -> tuple[int, int, int]:
+    """Strides of positions [axes, b, m], broadcast where they lack an axis or have one row."""
+    stride = (0, 0, 0, *position.stride())[-3:]
+    return stride[0], 0 if position.ndim == 1 or position.shape[-2] == 1 else stride[1], stride[2]
+
+
+def launch(
+    x: Sequence[Tensor], out: Sequence[Tensor], position: Tensor, inv_freq: Tensor,
+    rows: Tensor | None, axis: Tensor | None, factor: float, interleaved: bool, inverse: bool,
+) -> None:  # fmt: skip
+    """Launch the kernel on one tensor or two; a tensor that is its own output keeps its tail."""
+    q, k, q_out, k_out = x[0], x[-1], out[0], out[-1]
+    b, q_heads, m, d = q.shape
+    k_heads = k.shape[1] if len(x) > 1 else 0
+    planes, tokens = inv_freq.shape[-1], b * m
+    if tokens * (q_heads + k_heads) == 0:
+        return
+    q_tail, k_tail = (0 if q_out is q else d - 2 * planes), (0 if k_out is k else k.shape[-1] - 2 * planes)
+    choice = choose_rope(tokens, q_heads + k_heads, planes)
+    inv_freq = inv_freq if inv_freq.stride(-1) == 1 else inv_freq.contiguous()
+    with on(q.device):
+        rotate_kernel[triton.cdiv(tokens, choice.tokens), choice.split](
+            q, q_out, k, k_out, position, inv_freq, rows, axis, factor, tokens, m, position.shape[0], q_heads, k_heads,
+            *q.stride()[:3], *q_out.stride()[:3], *k.stride()[:3], *k_out.stride()[:3],
+            *strides_of(position), inv_freq.stride(0) if inv_freq.ndim > 1 else 0,
+            0 if rows is None or rows.numel() == 1 else rows.stride(0),
+            PLANES=planes, Q_TAIL=q_tail, K_TAIL=k_tail if k_heads else 0,
+            ROWS=inv_freq.ndim > 1, INTERLEAVED=interleaved, INVERSE=inverse,
+            BLOCK_M=choice.tokens, BLOCK_H=choice.heads, BLOCK_P=triton.next_power_of_2(max(planes, 1)),
+            BLOCK_C=triton.next_power_of_2(max(q_tail, k_tail, 1)), SPLIT=choice.split, num_warps=choice.num_warps,
+        )  # fmt: skip
