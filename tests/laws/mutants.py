@@ -1,0 +1,102 @@
+"""Planted bugs: backends that are wrong in one way each, and the law that must reject them.
+
+A law that no mutant breaks tests nothing. Each of these is a bug that some published kernel or library has had, or
+one that a kernel is easily written with.
+"""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, Final, NamedTuple, cast
+
+from longspan.backends import OPERATIONS, Backend, eager
+
+from . import mutant_attention as wrong
+from . import mutant_rotation as turned
+
+
+class Mutant(NamedTuple):
+    """A backend with one bug: ``sentence`` says which, ``law`` names the law that must reject it."""
+
+    name: str
+    sentence: str
+    backend: Backend
+    law: str
+
+
+def mutant(law: str, operation: str, bug: Callable[..., Any]) -> Mutant:
+    """Plant a bug in one operation of the specification."""
+    functions = {name: getattr(eager, name) for name in (*OPERATIONS, "unavailable", "declines")}
+    backend = SimpleNamespace(**{**functions, operation: bug})
+    return Mutant(bug.__name__, str(bug.__doc__).splitlines()[0], cast("Backend", backend), law)
+
+
+DEFINITION: Final = "attention_is_its_definition"
+
+MUTANTS: Final = (
+    mutant(DEFINITION, "attention", wrong.window_one_short),
+    mutant(DEFINITION, "attention", wrong.window_one_long),
+    mutant(DEFINITION, "attention", wrong.causal_from_the_top_left),
+    mutant("later_queries_stand_alone", "attention", wrong.causal_from_the_top_left),
+    mutant(DEFINITION, "attention", wrong.causal_excludes_the_diagonal),
+    mutant("wide_windows_are_causal", "attention", wrong.windows_ignored),
+    mutant(DEFINITION, "attention", wrong.lse_in_base_2),
+    mutant(DEFINITION, "attention", wrong.sink_missing_from_lse),
+    mutant(DEFINITION, "attention", wrong.sink_missing),
+    mutant(DEFINITION, "attention", wrong.sink_in_every_part),
+    mutant(DEFINITION, "attention", wrong.softcap_before_scale),
+    mutant(DEFINITION, "attention", wrong.tail_tile_dropped),
+    mutant("keys_have_no_order", "attention", wrong.tail_tile_dropped),
+    mutant(DEFINITION, "attention", wrong.split_not_merged),
+    mutant(DEFINITION, "attention", wrong.rescale_forgotten),
+    mutant(DEFINITION, "attention", wrong.full_tile_skipped),
+    mutant(DEFINITION, "attention", wrong.cut_tile_not_masked),
+    mutant(DEFINITION, "attention", wrong.chunks_of_the_batch),
+    mutant(DEFINITION, "attention", wrong.first_keys_forgotten),
+    mutant(DEFINITION, "attention", wrong.first_keys_beyond_the_edge),
+    mutant(DEFINITION, "attention", wrong.documents_leak),
+    mutant(DEFINITION, "attention", wrong.lengths_ignored),
+    mutant(DEFINITION, "attention", wrong.scale_ignored),
+    mutant(DEFINITION, "attention", wrong.scale_of_the_value_dim),
+    mutant(DEFINITION, "attention", wrong.alibi_before_softcap),
+    mutant(DEFINITION, "attention", wrong.float32_rounded_to_bfloat16),
+    mutant("keys_split_anywhere", "attention", wrong.k_offset_ignored),
+    mutant("keys_split_anywhere", "attention", wrong.q_offset_ignored),
+    mutant("groups_are_repeated_heads", "attention", wrong.heads_read_the_wrong_group),
+    mutant("blind_rows_are_zero", "attention", wrong.blind_rows_are_nan),
+    mutant("blind_rows_are_zero", "attention", wrong.blind_rows_see_everything),
+    mutant("blind_rows_are_zero", "attention", wrong.blind_rows_have_infinite_lse),
+    mutant("dead_slots_change_nothing", "attention", wrong.dead_values_times_zero),
+    mutant("calls_repeat_bitwise", "attention", wrong.order_of_sums_varies()),
+    mutant("arguments_survive", "attention", wrong.query_scaled_in_place),
+    mutant("gradients_are_exact", "attention", wrong.gradient_of_one_head_of_a_group),
+    mutant("gradients_are_exact", "attention", wrong.gradient_of_the_sink_lost),
+    mutant("gradients_are_exact", "attention", wrong.gradient_without_softcap),
+    mutant("gradients_flow_through_lse", "attention", wrong.gradient_of_lse_lost),
+    mutant("ragged_batches_are_separate_sequences", "attention_varlen", wrong.varlen_from_the_top_left),
+    mutant("ragged_batches_are_separate_sequences", "attention_varlen", wrong.varlen_is_one_sequence),
+    mutant("ragged_gradients_are_exact", "attention_varlen", wrong.varlen_is_one_sequence),
+    mutant("pages_are_gathered_keys", "attention_paged", wrong.pages_in_storage_order),
+    mutant("pages_are_gathered_keys", "attention_paged", wrong.last_page_read_to_its_end),
+    mutant("merging_has_no_order", "merge", wrong.merge_averages),
+    mutant("merging_has_no_order", "merge", wrong.merge_in_base_2),
+    mutant("merging_has_no_order", "merge", wrong.merge_of_nothing_is_nan),
+    mutant("merging_has_no_brackets", "merge", wrong.merge_keeps_the_first_lse),
+    mutant("sinks_are_keys_without_value", "add_sink", wrong.sink_overflows),
+    mutant("sinks_are_keys_without_value", "add_sink", wrong.sink_leaves_lse),
+    mutant("appending_is_concatenation", "append_", turned.skipped_tokens_written),
+    mutant("appending_is_concatenation", "append_", turned.appended_keys_not_turned),
+    mutant("rotation_is_its_definition", "rotate", turned.attention_factor_missing),
+    mutant("rotation_is_its_definition", "rotate", turned.angles_in_float32),
+    mutant("rotation_is_its_definition", "rotate", turned.other_pairing),
+    mutant("rotation_is_its_definition", "rotate", turned.turned_backwards),
+    mutant("rotation_is_its_definition", "rotate", turned.tail_scaled),
+    mutant("rotation_is_its_definition", "rotate", turned.planes_paired_across_the_head),
+    mutant("rotation_is_its_definition", "rotate", turned.one_axis_for_all),
+    mutant("rotation_is_its_definition", "rotate", turned.one_speed_for_the_batch),
+    mutant("only_distance_matters", "rotate", turned.angles_in_float32),
+    mutant("only_distance_matters", "rotate", turned.positions_rounded_to_float16),
+    mutant("rotations_have_inverses", "rotate", turned.gradient_turned_forward),
+    mutant("queries_and_keys_turn_alike", "rotate_qk", turned.keys_not_turned),
+    mutant("cached_keys_move", "rerotate", turned.moved_without_the_old),
+    mutant("cached_keys_move", "rerotate", turned.moved_without_the_factor),
+)
