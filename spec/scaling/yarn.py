@@ -9,7 +9,8 @@ import math
 
 import torch
 
-from ..checks import check_planes
+from ..checks import check_planes, refuse
+from ..ramp import blend, check_ramp, ramp, temperature
 from ..rope import Rotation, inv_freq
 
 
@@ -32,11 +33,11 @@ def yarn(
 
     Args:
         d: Rotated coordinates of a head.
-        base: RoPE base θ.
+        base: RoPE base θ, above 1.
         factor: How many times longer than trained the context becomes.
         original: Trained context length, in tokens.
         beta_fast: Planes that turn more often than this over the trained context keep their speed.
-        beta_slow: Planes that turn less often than this are interpolated fully.
+        beta_slow: Planes that turn less often than this are interpolated in full.
         truncate: Round the ramp's ends outward to whole planes (a published config key; gpt-oss says false).
         attention_factor: Overrides the temperature below.
         mscale: With `mscale_all_dim`, the temperature is temperature(mscale) / temperature(mscale_all_dim).
@@ -45,17 +46,20 @@ def yarn(
         device: Where the rotation lives.
     """
     check_planes("yarn", d, base=base, factor=factor, original=original, beta_fast=beta_fast, beta_slow=beta_slow)
+    check_ramp("yarn", beta_slow=beta_slow, beta_fast=beta_fast)
+    if base <= 1:
+        refuse("yarn: base", "above 1, for some planes to be slower than others", base)
     trained = inv_freq(d, base=base, device=device)
     low, high = (plane_that_turns(beta, d, base, original) for beta in (beta_fast, beta_slow))
     if truncate:
         low, high = math.floor(low), math.ceil(high)
+    # d - 1 although there are d / 2 planes: so the first code had it, and so the checkpoints were trained.
     low, high = max(low, 0), min(high, d - 1)
     plane = torch.arange(d // 2, dtype=torch.float64, device=device)
-    ramp = ((plane - low) / (high - low if high != low else 0.001)).clamp(0, 1)
     if attention_factor is None and mscale and mscale_all_dim:
         attention_factor = temperature(factor, mscale) / temperature(factor, mscale_all_dim)
     return Rotation(
-        ramp * trained / factor + (1 - ramp) * trained,
+        blend(trained, factor, 1 - ramp(plane, low, high if high != low else low + 0.001)),
         attention_factor=temperature(factor) if attention_factor is None else attention_factor,
         softmax_factor=1.0 if softmax_mscale is None else temperature(factor, softmax_mscale) ** 2,
     )
@@ -64,8 +68,3 @@ def yarn(
 def plane_that_turns(turns: float, d: int, base: float, original: int) -> float:
     """Fractional index of the plane that makes ``turns`` turns over the trained context."""
     return d * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(base))
-
-
-def temperature(factor: float, mscale: float = 1.0) -> float:
-    """√(1/t) of the paper, eq. 22: ``0.1 · mscale · ln(factor) + 1``, and 1 where nothing is stretched."""
-    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
