@@ -1,5 +1,5 @@
 """Implementations of the specification, imported by name."""
 
-from .registry import NAMES, OPERATIONS, Backend, Unsupported, load
+from .registry import NAMES, OPERATIONS, Backend, Unsupported, available, load
 
-__all__ = ["NAMES", "OPERATIONS", "Backend", "Unsupported", "load"]
+__all__ = ["NAMES", "OPERATIONS", "Backend", "Unsupported", "available", "load"]

@@ -11,7 +11,7 @@ from typing import Any, Final, Protocol, cast, runtime_checkable
 from longspan.spec import AttentionState
 
 # Fastest first: the order in which `auto` asks.
-NAMES: Final = ("sdpa", "eager")
+NAMES: Final = ("eager",)
 
 OPERATIONS: Final = (
     "rotate", "rotate_qk", "rerotate", "attention", "attention_varlen", "attention_paged", "append_", "merge",
@@ -71,3 +71,10 @@ def load(name: str) -> Backend:
     if reason is not None:
         raise Unsupported(reason, alternatives=tuple(other for other in NAMES if other != name))
     return backend
+
+
+def available() -> tuple[str, ...]:
+    """Names of the backends that this machine can run, fastest first; `load` says why another cannot."""
+    return tuple(
+        name for name in NAMES if cast("Backend", import_module(f"longspan.backends.{name}")).unavailable() is None
+    )

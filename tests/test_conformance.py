@@ -11,21 +11,7 @@ from longspan.laws import LAWS, Law
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def runnable() -> list[str]:
-    """List the backends that can run here; the others say why in `longspan backends`."""
-    return [name for name in (*backends.NAMES, "auto") if not unavailable(name)]
-
-
-def unavailable(name: str) -> bool:
-    """Tell whether this machine can never run a backend."""
-    try:
-        backends.load(name)
-    except backends.Unsupported:
-        return True
-    return False
-
-
-@pytest.mark.parametrize("name", runnable())
+@pytest.mark.parametrize("name", backends.available())
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.name)
 def test_backend_obeys(law: Law, name: str) -> None:
     backend = backends.load(name)
