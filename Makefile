@@ -1,5 +1,5 @@
 # Every target sets itself up: a fresh Linux machine with Python >= 3.11, git and make is enough.
-# PYTHON=  the interpreter to make .venv from        PIP_ARGS=  handed to pip install        ARGS=  handed to the command
+# with PYTHON=the interpreter to make .venv from, PIP_ARGS=handed to pip install, ARGS=handed to demo.py or pytest
 
 PYTHON ?=
 PIP_ARGS ?=
@@ -10,6 +10,7 @@ export PYTHON PIP_ARGS
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' Makefile
+	@sed -n '2s/^# /  /p' Makefile
 
 demo: ## the main job: backends by name, laws against a planted bug, preflight of a real model (2 minutes after set-up)
 	@tools/setup test
