@@ -56,7 +56,7 @@ def test_gradients_are_finite_differences(mask: Any) -> None:
     of = Attention(h=2, g=1, m=3, n=4, d=3, e=2, dtype="float64", sink=1.0, alibi=0.5, softcap=2.0).inputs()
     sink, slopes = of.options["sink"], of.options["alibi"]
 
-    def call(*tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def call(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         q, k, v, sink, slopes = tensors
         return tuple(attention(q, k, v, mask=mask, softcap=2.0, sink=sink, alibi=slopes))
 

@@ -1,4 +1,4 @@
-"""Rotation and appending, each wrong in one way; see `longspan.laws.mutants`."""
+"""Rotation and appending, wrong in one way each; see `longspan.laws.mutants`."""
 
 from dataclasses import replace
 from typing import Any
