@@ -25,7 +25,8 @@ class Family:
     Attributes:
         pairing: Which coordinates form a plane.
         pattern: Which layers see less than everything, where `layer_types` does not say.
-        nope: Layers without rotation: none, those of full attention beside sliding ones, or the zeros of `no_rope_layers`.
+        nope: Layers without rotation: none, those of full attention beside sliding ones, or the zeros of
+            `no_rope_layers`.
         causal: Whether a query sees no key after it.
         sinks: Whether every head has a learned sink logit.
         local_unscaled: Whether `rope_scaling` leaves the sliding layers alone (Olmo 3).

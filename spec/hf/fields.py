@@ -55,14 +55,19 @@ def family_of(config: Mapping[str, Any]) -> Family | None:
     return FAMILIES.get(str(config.get("model_type")))
 
 
-def find(config: Mapping[str, Any], key: str) -> Any:  # noqa: ANN401 - JSON
-    """Read a key under any of its published names, else the family's default, else None."""
+def defaults(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What the code of the model's authors takes for absent keys; nothing is known of an unknown type."""
     family = family_of(config)
-    for values in (config, family.defaults if family else {}):
-        for name in ALIASES.get(key, (key,)):
-            if name in values and (values[name] is not None or values is config and name == key):
-                return values[name]
-    return None
+    return family.defaults if family else {}
+
+
+def find(config: Mapping[str, Any], key: str) -> Any:  # noqa: ANN401 - JSON
+    """Read a key under any of its published names, else the family's default; a null of the config itself is None."""
+    if key in config and config[key] is None:
+        return None
+    names = ALIASES.get(key, (key,))
+    said = (values[name] for values in (config, defaults(config)) for name in names if values.get(name) is not None)
+    return next(said, None)
 
 
 def number(value: object, what: str) -> float:

@@ -31,7 +31,7 @@ def layer_types(config: Mapping[str, Any], family: Family) -> list[str]:
     if said is None:
         return [FULL if full else partial(family) for full in full_layers(config, family, count)]
     if not isinstance(said, list | tuple) or len(cast("list[object]", said)) != count:
-        refuse("layer_types", f"a list of {count} names, one a layer", repr(said))
+        refuse("layer_types", f"a list of {count} names, one a layer", repr(cast("object", said)))
     for name in cast("list[object]", said):
         if name not in SPELLINGS and name not in NO_ATTENTION:
             refuse("a name in layer_types", f"one of {sorted([*SPELLINGS, *NO_ATTENTION])}", repr(name))

@@ -1,7 +1,7 @@
 """What attention needs to know about each kind of layer of a published configuration."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from .. import masks
@@ -79,7 +79,12 @@ def layers(config: Mapping[str, Any], *, pairing: Pairing | None = None) -> dict
     turning = rotates(keys, family, types)
     rope = parameters(keys)
     kinds = [kind for kind in zip(types, turning, strict=True) if kind[0] not in NO_ATTENTION]
-    found = {kind: layer(keys, family, rope, *kind, kinds.count(kind)) for kind in dict.fromkeys(kinds)}
+    if not kinds:
+        refuse("layer_types", "with attention in some layer", sorted(set(types)))
+    found = {
+        (kind, turns): layer(keys, family, rope, kind, kinds.count((kind, turns)), turns=turns)
+        for kind, turns in dict.fromkeys(kinds)
+    }
     if len(found) == 1:
         return {"all": next(iter(found.values()))}
     mixed = {kind for kind, turns in found if (kind, not turns) in found}
@@ -101,9 +106,10 @@ def known(config: Mapping[str, Any], pairing: Pairing | None) -> Family:
         if "layer_types" not in config and config.get("sliding_window") is not None:
             refuse("config key 'layer_types'", "given for an unknown model type with a sliding_window", "none")
         return Family(cast("Pairing", pairing))
-    said = {True: "interleaved", False: "half"}.get(cast("bool", config.get("rotary_emb_interleaved")))
-    if pairing is not None and pairing != (said or family.pairing):
-        refuse(f"pairing of model type {config['model_type']!r}", said or family.pairing, pairing)
+    if isinstance(config.get("rotary_emb_interleaved"), bool):  # nomic's files are the ones that do say
+        family = replace(family, pairing="interleaved" if config["rotary_emb_interleaved"] else "half")
+    if pairing is not None and pairing != family.pairing:
+        refuse(f"pairing of model type {config['model_type']!r}", family.pairing, pairing)
     return family
 
 
@@ -112,8 +118,9 @@ def layer(
     family: Family,
     rope: Mapping[str, Parameters],
     kind: str,
+    count: int,
+    *,
     turns: bool,
-    count: int,  # noqa: FBT001
 ) -> Layer:
     """Describe the ``count`` layers of one kind."""
     heads = whole(config, "num_attention_heads", "the number of query heads")
@@ -122,6 +129,8 @@ def layer(
     d = head_dim(config, kind)
     value = whole(config, "v_head_dim", "the coordinates of a value") if latent else d
     rotation = kind if kind in rope else "all"
+    if rotation not in rope:
+        refuse(f"rope_parameters of {kind!r} layers", "given where other kinds have theirs", sorted(rope))
     covered = rope[rotation].d if turns else 0
     if latent:
         rank = whole(config, "kv_lora_rank", "the width of the cached latent")
@@ -130,15 +139,13 @@ def layer(
         cached = groups * (d + value)
     window, ahead, causal = sight(config, family, kind)
     softcap = find(config, "attn_logit_softcapping")
-    interleaved = config.get("rotary_emb_interleaved")
     return Layer(
         count=count, heads=heads, groups=groups, head_dim=d, value_dim=value, rotary_dim=covered,
         rotation=rotation if turns else None, window=window, ahead=ahead, causal=causal,
         chunk=whole(config, "attention_chunk_size", "the positions of a chunk") if kind == CHUNKED else None,
         softcap=None if softcap is None else number(softcap, "attn_logit_softcapping"),
         sinks=family.sinks, scale=scale_of(config, family, d),
-        pairing="interleaved" if interleaved is True else family.pairing,
-        cached_dim=cached, omits=omitted(config, turns=turns),
+        pairing=family.pairing, cached_dim=cached, omits=omitted(config, turns=turns),
     )  # fmt: skip
 
 
@@ -190,8 +197,14 @@ def omitted(config: Mapping[str, Any], *, turns: bool) -> tuple[str, ...]:
         config, "attn_temperature_tuning"
     )  # Llama 4 scales queries of its layers without rotation
     shared = find(config, "num_kv_shared_layers")  # Gemma 4's last layers reuse the keys of earlier ones
+    sparse = find(config, "index_topk")  # DeepSeek V3.2 attends to the keys that an indexer picks
     vision = find(config, "use_bidirectional_attention") == "vision"
-    facts = {"attn_temperature_tuning": tuned, "num_kv_shared_layers": shared, "use_bidirectional_attention": vision}
+    facts = {
+        "attn_temperature_tuning": tuned,
+        "num_kv_shared_layers": shared,
+        "index_topk": sparse,
+        "use_bidirectional_attention": vision,
+    }
     return tuple(key for key, here in facts.items() if here)
 
 

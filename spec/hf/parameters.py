@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Final, cast
 
 from ..checks import refuse
-from .fields import LACKING, family_of, find, head_dim, number, whole
+from .fields import LACKING, defaults, family_of, find, head_dim, number, whole
 
 SYNONYMS: Final[Mapping[str, str]] = {"su": "longrope", "mrope": "default"}
 
@@ -97,7 +97,7 @@ def parameters(config: Mapping[str, Any]) -> dict[str, Parameters]:
 def mappings(config: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """Tell the rope mappings of a config apart by layer kind."""
     rope = published(config)
-    nested = {kind: keys for kind, keys in rope.items() if isinstance(keys, Mapping)}
+    nested = {kind: cast("Mapping[str, Any]", keys) for kind, keys in rope.items() if isinstance(keys, Mapping)}
     if nested:
         flat = sorted(key for key, value in rope.items() if key not in nested and value is not None)
         if flat:
@@ -106,10 +106,10 @@ def mappings(config: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     family = family_of(config)
     for local, wide in (("rope_local_base_freq", "rope_theta"), ("local_rope_theta", "global_rope_theta")):
         if find(config, local) is not None:
-            scaled = rope if local == "local_rope_theta" else {}
+            near = {"rope_theta": find(config, local)}  # ModernBERT's code scales both kinds, Gemma 3's the far-sighted
             return {
                 "full_attention": {"rope_theta": find(config, wide), **rope},
-                "sliding_attention": {**scaled, "rope_theta": find(config, local)},
+                "sliding_attention": {**rope, **near} if local == "local_rope_theta" else near,
             }
     if family and family.local_unscaled and type_of(rope) != "default":
         theta = rope.get("rope_theta", find(config, "rope_theta"))
@@ -125,7 +125,7 @@ def published(config: Mapping[str, Any]) -> Mapping[str, Any]:
             refuse(f"config key {key!r}", "a mapping or null", repr(value))
     if len(both) == 2 and both["rope_parameters"] != both["rope_scaling"]:
         refuse("rope_parameters and rope_scaling", "one of them, or equal", "two different mappings")
-    return cast("Mapping[str, Any]", next(iter(both.values()), find(config, "rope_parameters") or {}))
+    return cast("Mapping[str, Any]", next(iter(both.values()), defaults(config).get("rope_parameters", {})))
 
 
 def resolve(config: Mapping[str, Any], kind: str, keys: Mapping[str, Any]) -> Parameters:

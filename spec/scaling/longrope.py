@@ -48,6 +48,8 @@ def longrope(
         device: Where the rotation lives.
     """
     check_planes("longrope", d, base=base, original=original, factor=factor)
+    if original < 2:
+        refuse("longrope: original, the trained context,", "at least 2 tokens", original)
     for name, divisors in (("short_factor", short_factor), ("long_factor", long_factor)):
         if len(divisors) != d // 2 or not all(math.isfinite(x) and x > 0 for x in divisors):
             refuse(f"longrope: {name}", f"{d // 2} finite numbers above 0, one for each plane", describe(divisors))
@@ -70,8 +72,8 @@ def by_row(stretched: Bool[Tensor, " b"], short: Tensor, long: Tensor, weak: flo
     chosen = torch.where(rearrange(stretched, "b -> b 1"), long, short)
     if weak == strong:
         return Rotation(chosen, weak)
-    factors = (torch.full_like(chosen[:, 0], factor) for factor in (strong, weak))
-    return Rotation(chosen, torch.where(stretched, *factors))
+    factors = torch.where(stretched, torch.full_like(chosen[:, 0], strong), torch.full_like(chosen[:, 0], weak))
+    return Rotation(chosen, factors)
 
 
 def magnitude(factor: float, original: int) -> float:
