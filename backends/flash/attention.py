@@ -1,0 +1,171 @@
+"""Attention of the backend `flash`: what it serves, what it declines, and the way to the kernels.
+
+Shapes: b batch, h query heads, g key heads, m queries, n keys, d head dimension, e value dimension.
+"""
+
+import math
+from typing import Any, Final
+
+import torch
+from einops import rearrange
+from longspan.spec import AttentionState
+from longspan.spec.checks import check_attention, check_lengths
+from longspan.spec.masks import Mask, documents, everything
+from torch import Tensor
+
+from ..registry import Unsupported
+from .function import Attention
+from .launch import INTERPRETED
+from .lowering import lower
+from .rope import serve
+
+DTYPES: Final = (torch.float16, torch.bfloat16, torch.float32)
+WIDEST: Final = 256  # of a head, keys or values: a tile's rows are held whole
+LONGEST: Final = 2**30 - 1  # tokens: positions and their differences stay inside int32
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Mask = everything(),  # noqa: B008 - an immutable value
+    scale: float | None = None,
+    softcap: float | None = None,
+    sink: Tensor | None = None,
+    alibi: Tensor | None = None,
+    q_offset: int | Tensor | None = None,
+    k_offset: int = 0,
+    out_dtype: torch.dtype | None = None,
+    deterministic: bool = False,  # noqa: ARG001, FBT001, FBT002 - no kernel adds atomically: it always is
+) -> AttentionState:
+    """Attend from every query to the keys that it sees; see `longspan.spec.attention`.
+
+    Args:
+        q: ``[b, h, m, d]`` in fp16, bf16 or fp32, any strides with a unit last one; not copied, as k and v.
+        k: ``[b, g, n, d]``.
+        v: ``[b, g, n, e]``.
+        mask: Which keys a query sees.
+        scale: Multiplies ``q · k``; 1/√d by default.
+        softcap: Caps the scores.
+        sink: One more score per head; has a gradient.
+        alibi: Slope per head; has none.
+        q_offset: Position of the first query.
+        k_offset: Position of the first key given.
+        out_dtype: Dtype of ``out``; that of q by default.
+        deterministic: The gradient is bitwise repeatable whether asked for or not.
+
+    Returns:
+        ``out [b, h, m, e]`` and ``lse [b, h, m]`` float32, contiguous, differentiable both.
+
+    Raises:
+        ValueError: For what means nothing, as the specification.
+        Unsupported: For what `declines_attention` names.
+    """
+    serve(
+        declines_attention(
+            q, k, v, scale=scale, softcap=softcap, sink=sink, alibi=alibi,
+            q_offset=q_offset, k_offset=k_offset, out_dtype=out_dtype,
+        )  # fmt: skip
+    )
+    seen = lower(mask, q.shape[0], q.shape[2], k.shape[2], q_offset=q_offset, k_offset=k_offset, device=q.device)
+    out, lse = Attention.apply(
+        q, k, v, contiguous(sink), contiguous(alibi), seen.rows, seen.sequences, tuple(seen.interval),
+        1 / math.sqrt(q.shape[3]) if scale is None else float(scale), None if softcap is None else float(softcap),
+        q.dtype if out_dtype is None else out_dtype,
+    )  # fmt: skip
+    return AttentionState(out, lse)
+
+
+def declines_attention(
+    q: Tensor, k: Tensor, v: Tensor, *,
+    mask: Mask = everything(), scale: float | None = None, softcap: float | None = None, sink: Tensor | None = None,  # noqa: ARG001, B008
+    alibi: Tensor | None = None, q_offset: int | Tensor | None = None, k_offset: int = 0,
+    out_dtype: torch.dtype | None = None, deterministic: bool = False,  # noqa: ARG001, FBT001, FBT002
+) -> str | None:  # fmt: skip
+    """Say why `attention` would raise `Unsupported`, or None.
+
+    Raises:
+        ValueError: For what means nothing, as the specification.
+    """
+    check_attention(
+        q, k, v, scale=scale, softcap=softcap, sink=sink, alibi=alibi,
+        q_offset=q_offset, k_offset=k_offset, out_dtype=out_dtype,
+    )  # fmt: skip
+    if q.dtype not in DTYPES:
+        return f"flash.attention computes in float32 and serves fp16, bf16 and fp32, got {q.dtype}"
+    if out_dtype is not None and out_dtype not in DTYPES:
+        return f"flash.attention returns fp16, bf16 or fp32, got out_dtype {out_dtype}"
+    if not INTERPRETED and q.device.type != "cuda":
+        return f"flash.attention runs on a GPU, or on a CPU under TRITON_INTERPRET=1, got tensors on {q.device}"
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.shape[-1] % 8 or x.shape[-1] > WIDEST:
+            return f"flash.attention serves head dimensions that are multiples of 8 up to {WIDEST}, got {x.shape[-1]} of {name}"
+        if x.shape[-2] > LONGEST:
+            return f"flash.attention counts at most {LONGEST} tokens, got {x.shape[-2]} of {name}"
+        if x.stride(-1) != 1 and x.numel():
+            return f"flash.attention reads tensors whose last stride is 1, got strides {list(x.stride())} of {name}"
+    if alibi is not None and alibi.requires_grad and torch.is_grad_enabled():
+        return "flash.attention has no gradient for alibi, which requires one"
+    return None
+
+
+def attention_varlen(
+    q: Tensor, k: Tensor, v: Tensor, q_lengths: Tensor, k_lengths: Tensor, *, mask: Mask = everything(), **options: Any  # noqa: B008
+) -> AttentionState:
+    """Attend within each sequence of a ragged batch, packed as documents; see `longspan.spec.attention_varlen`.
+
+    Args:
+        q: ``[tokens, h, d]``, queries of all sequences; not copied, as k and v.
+        k: ``[tokens, g, d]``.
+        v: ``[tokens, g, e]``.
+        q_lengths: Queries of each sequence.
+        k_lengths: Keys of each sequence.
+        mask: Joined to the documents.
+        options: See `attention`.
+
+    Returns:
+        ``out [tokens, h, e]``, a view of ``[h, tokens, e]``, and ``lse [tokens, h]``.
+
+    Raises:
+        ValueError: For what means nothing, as the specification.
+        Unsupported: For what `declines_attention_varlen` names.
+    """
+    check_lengths(q_lengths=q_lengths, k_lengths=k_lengths)
+    state = attention(*map(one_batch, (q, k, v)), mask=documents(q_lengths, k_lengths) & mask, **options)
+    return AttentionState(
+        rearrange(state.out, "1 heads tokens e -> tokens heads e"),
+        rearrange(state.lse, "1 heads tokens -> tokens heads"),
+    )
+
+
+def declines_attention_varlen(
+    q: Tensor, k: Tensor, v: Tensor, q_lengths: Tensor, k_lengths: Tensor, **options: Any
+) -> str | None:
+    """Say why `attention_varlen` would raise `Unsupported`, or None."""
+    check_lengths(q_lengths=q_lengths, k_lengths=k_lengths)
+    return declines_attention(*map(one_batch, (q, k, v)), **options)
+
+
+def attention_paged(*args: Any, **options: Any) -> AttentionState:
+    """Decline: this backend reads no block tables yet.
+
+    Raises:
+        Unsupported: Always.
+    """
+    raise Unsupported(declines_attention_paged(*args, **options))
+
+
+def declines_attention_paged(*_: Any, **__: Any) -> str:
+    """Say why `attention_paged` raises `Unsupported`."""
+    return "flash.attention_paged is not served: no kernel reads block tables"
+
+
+def one_batch(x: Tensor) -> Tensor:
+    """See ragged tokens as one sequence, without a copy."""
+    return rearrange(x, "tokens heads d -> 1 heads tokens d")
+
+
+def contiguous(x: Tensor | None) -> Tensor | None:
+    """Lay a number per head out densely: h numbers."""
+    return None if x is None else x.contiguous()

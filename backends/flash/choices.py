@@ -1,0 +1,97 @@
+"""Which tiles a kernel runs with: one function from what is known before a launch to a choice.
+
+A documented heuristic. Nothing here is a measurement of the caller's machine.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Key:
+    """What a choice may depend on.
+
+    Attributes:
+        kernel: Which kernel: ``forward``, ``backward_keys`` (dk and dv) or ``backward_queries`` (dq).
+        architecture: ``sm_90``, ``gfx942``, …, or ``interpreter``.
+        width: The larger of head and value dimension, padded to a power of two.
+        itemsize: Bytes of an element of q.
+        masked: Whether some tiles are cut by the mask on most rows' way (causal, window, rows).
+        descriptors: Whether the tensors' strides and alignment allow tensor descriptors.
+    """
+
+    kernel: Literal["forward", "backward_keys", "backward_queries"]
+    architecture: str
+    width: int
+    itemsize: int
+    masked: bool
+    descriptors: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """Launch parameters of a kernel; hashable, printable, JSON-able.
+
+    Attributes:
+        tile_m: Queries of a tile.
+        tile_n: Keys of a tile.
+        num_warps: Warps of a program.
+        num_stages: Depth of the software pipeline.
+        descriptors: Whether tiles are loaded through tensor descriptors (the bulk copy engine of sm_90 and up).
+    """
+
+    tile_m: int
+    tile_n: int
+    num_warps: int
+    num_stages: int
+    descriptors: bool = False
+
+
+def choose(key: Key) -> Choice:
+    """Choose by architecture, then by how much of a tile fits the registers and the shared memory."""
+    if key.architecture == "interpreter":
+        return Choice(tile_m=32, tile_n=32, num_warps=1, num_stages=1, descriptors=key.descriptors)
+    if key.itemsize == 4:
+        return exact(key)
+    if key.architecture.startswith("gfx"):
+        return amd(key)
+    if key.architecture in {"sm_90", "sm_100", "sm_103"}:
+        return hopper(key)
+    return ampere(key)
+
+
+def exact(key: Key) -> Choice:
+    """float32 without tensor cores: small tiles, since every operand passes through registers."""
+    small = 32 if key.width > 64 else 64
+    return Choice(tile_m=small, tile_n=32, num_warps=4 if key.width <= 128 else 8, num_stages=1)
+
+
+def hopper(key: Key) -> Choice:
+    """sm_90 and up: 228 KB of shared memory; wgmma wants 64 rows for each group of four warps."""
+    wide = key.width > 128
+    tma = key.descriptors
+    if key.kernel == "forward":
+        if wide:
+            return Choice(tile_m=128, tile_n=64, num_warps=8, num_stages=2, descriptors=tma)
+        return Choice(tile_m=128, tile_n=128 if tma else 64, num_warps=8, num_stages=2 if tma else 3, descriptors=tma)
+    if key.kernel == "backward_keys":
+        return Choice(tile_m=32 if wide else 64, tile_n=64 if wide else 128, num_warps=8, num_stages=2, descriptors=tma)
+    return Choice(tile_m=64 if wide else 128, tile_n=32 if wide else 64, num_warps=8, num_stages=2, descriptors=tma)
+
+
+def ampere(key: Key) -> Choice:
+    """sm_80 to sm_89 and sm_120: 99 to 163 KB of shared memory; sized for the smaller."""
+    wide = key.width > 128
+    if key.kernel == "forward":
+        return Choice(tile_m=64 if wide else 128, tile_n=32 if wide else 64, num_warps=8 if wide else 4, num_stages=2)
+    small = 32 if wide else 64
+    return Choice(tile_m=small, tile_n=small, num_warps=4, num_stages=1 if wide else 2)
+
+
+def amd(key: Key) -> Choice:
+    """gfx942 and gfx950: wavefronts of 64 lanes and 64 KB of LDS."""
+    wide = key.width > 128
+    if key.kernel == "forward":
+        return Choice(tile_m=128, tile_n=32 if wide else 64, num_warps=4, num_stages=1)
+    small = 32 if wide else 64
+    return Choice(tile_m=small, tile_n=small, num_warps=4, num_stages=1)

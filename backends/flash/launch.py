@@ -1,0 +1,136 @@
+"""From tensors to the arguments of a kernel: the choice, the descriptors, the strides and the flags."""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Final, Literal
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .choices import Choice, Key, choose
+from .lowering import Lowered, all_seen
+from .tiles import split
+
+ALIGNED: Final = 16  # bytes: what the copy engine wants of addresses and strides
+LOG2_E: Final = math.log2(math.e)
+# TRITON_INTERPRET=1 counts when kernels are defined, so that they, and no variable, say whether it did.
+INTERPRETED: Final = not isinstance(split, triton.runtime.JITFunction)
+
+
+@dataclass(frozen=True)
+class Call:
+    """What one call of attention asks beside its queries, keys and values.
+
+    Attributes:
+        sink: One score per head, [h] or [b, h], or None.
+        alibi: One slope per head, [h] or [b, h], or None.
+        rows: See `Lowered`, as for the next two.
+        sequences: See `Lowered`.
+        interval: The integers of `Lowered`: low, high, stop, position, keep.
+        scale: Multiplies ``q · k``.
+        softcap: Cap of the scores, or None.
+        out_dtype: Dtype of ``out``.
+    """
+
+    sink: Tensor | None
+    alibi: Tensor | None
+    rows: Tensor | None
+    sequences: Tensor | None
+    interval: tuple[int, int, int, int, int]
+    scale: float
+    softcap: float | None
+    out_dtype: torch.dtype
+
+    @property
+    def negative(self) -> bool:
+        """Whether the kernel turns the sign of ``q · k`` so that the scale it is given is not negative."""
+        return self.scale < 0 and self.softcap is None
+
+    @property
+    def factors(self) -> tuple[float, float, float]:
+        """``scale``, ``inner`` and ``outer`` of `tiles.base_two`."""
+        if self.softcap is None:
+            return abs(self.scale) * LOG2_E, 0.0, 0.0
+        return self.scale * LOG2_E, 2 * LOG2_E * self.scale / self.softcap, self.softcap * LOG2_E
+
+    @cached_property
+    def lowered(self) -> Lowered:
+        """The mask."""
+        return Lowered(self.rows, self.sequences, *self.interval)
+
+
+def architecture(device: torch.device) -> str:
+    """Name of the machine that kernels are compiled for."""
+    if INTERPRETED:
+        return "interpreter"
+    if torch.version.hip is not None:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+def padded(width: int) -> int:
+    """Width of a tile's rows in registers: a power of two that a matrix instruction takes."""
+    return max(16, 1 << (width - 1).bit_length())
+
+
+def describable(x: Tensor) -> bool:
+    """Whether the copy engine can address a tensor: aligned, no axis repeated, nothing empty."""
+    aligned = x.data_ptr() % ALIGNED == 0 and all(
+        size == 1 or (stride > 0 and stride * x.element_size() % ALIGNED == 0)
+        for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True)
+    )
+    return aligned and x.numel() > 0
+
+
+def select(
+    kernel: Literal["forward", "backward_keys", "backward_queries"], call: Call, q: Tensor, k: Tensor, v: Tensor, *more: Tensor
+) -> Choice:
+    """Choose how a kernel is launched on these tensors."""
+    m, n = q.shape[2], k.shape[2]
+    low, high, stop, _, _ = call.interval
+    everything = call.rows is None and call.sequences is None and low <= 1 - m and high >= n and stop >= n
+    return choose(
+        Key(
+            kernel=kernel, architecture=architecture(q.device), width=padded(max(q.shape[3], v.shape[3])),
+            itemsize=q.element_size(), masked=not everything, descriptors=all(map(describable, (q, k, v, *more))),
+        )  # fmt: skip
+    )
+
+
+def describe(x: Tensor, rows: int, choice: Choice) -> Any:
+    """Give a kernel a tensor as a descriptor of tiles [1, 1, rows, width], or as a pointer."""
+    if not choice.descriptors:
+        return x
+    # The stride of an axis of one element says nothing, and may be anything: also something that the engine refuses.
+    whole = ALIGNED * math.ceil(x.shape[3] / ALIGNED)
+    strides = [whole if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True)]
+    return TensorDescriptor(x, list(x.shape), [*strides[:3], 1], [1, 1, rows, padded(x.shape[3])])
+
+
+def strides(*tensors: Tensor) -> list[int]:
+    """Strides of batch, head and token, tensor by tensor; that of the last axis is one."""
+    return [stride for x in tensors for stride in x.stride()[:3]]
+
+
+def per_sequence(x: Tensor | None) -> int:
+    """Stride from a sequence's numbers per head, [b, h], to the next's; 0 where [h] serves all."""
+    return 0 if x is None or x.ndim == 1 else x.shape[1]
+
+
+def flags(call: Call, choice: Choice, q: Tensor, k: Tensor, v: Tensor, *more: Tensor) -> dict[str, Any]:
+    """What a kernel is compiled for."""
+    m, n, d, e = q.shape[2], k.shape[2], q.shape[3], v.shape[3]
+    tile = max(choice.tile_m, choice.tile_n)
+    return {
+        "M": choice.tile_m, "N": choice.tile_n, "D": padded(d), "E": padded(e),
+        "WHOLE_D": padded(d) == d, "WHOLE_E": padded(e) == e,
+        "ROWS": call.rows is not None, "EACH": call.sequences is not None, "KEEP": call.lowered.keep > 0,
+        "SOFTCAP": call.softcap is not None, "ALIBI": call.alibi is not None, "NEGATIVE": call.negative,
+        "DEAD": not all_seen(call.lowered, m, n), "DESCRIPTOR": choice.descriptors,
+        "FAR": any(tile * x.stride(2) >= 2**31 for x in (q, k, v, *more)), "INTERPRET": INTERPRETED,
+        "num_warps": choice.num_warps, "num_stages": choice.num_stages,
+    }  # fmt: skip
