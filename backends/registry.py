@@ -11,7 +11,7 @@ from typing import Any, Final, Protocol, cast, runtime_checkable
 from longspan.spec import AttentionState
 
 # Fastest first: the order in which `auto` asks.
-NAMES: Final = ("eager",)
+NAMES: Final = ("sdpa", "eager")
 
 OPERATIONS: Final = (
     "rotate", "rotate_qk", "rerotate", "attention", "attention_varlen", "attention_paged", "append_", "merge",

@@ -68,9 +68,9 @@ def bounds(
     first, last, base = row.start, row.stop, row.start
     for term in mask.terms:
         if isinstance(term, Spans):
-            last = per_row(term.last, b, m)
-            first = torch.minimum(per_row(term.first, b, m), last)
-            base, keep = first if term.base is None else per_row(term.base, b, m), term.keep
+            last = per_row(term.last, b, m).to(last.device)
+            first = torch.minimum(per_row(term.first, b, m).to(last.device), last)
+            base, keep = first if term.base is None else per_row(term.base, b, m).to(last.device), term.keep
         else:
             low, high = edges(term, row.position - row.start, row.stop - row.start)
             first = torch.maximum(first, row.start + low)

@@ -130,6 +130,14 @@ PLAIN = {"softcap": None, "alibi": None, "scale": None, "q_offset": None, "k_off
 
 
 @st.composite
+def decodes(draw: st.DrawFn) -> Attention:
+    """Draw a few queries against a long cache: decoding, speculation, a prompt's last chunk."""
+    m, n = draw(st.integers(1, 5), label="m"), draw(st.integers(500, 6000), label="n")
+    d = draw(st.sampled_from([64, 128]), label="d")
+    return draw(attentions(m=m, n=n, d=d, e=d, b=draw(st.integers(1, 2), label="b")))
+
+
+@st.composite
 def rotates(draw: st.DrawFn, **fixed: Any) -> Rotate:
     """Draw a rotation problem; keyword arguments fix fields."""
 

@@ -6,7 +6,7 @@ from typing import Any, Final, NamedTuple
 from hypothesis import strategies as st
 
 from . import attention, caches, rotation, states
-from .strategies import PLAIN, attentions, rotates
+from .strategies import PLAIN, attentions, decodes, rotates
 
 
 class Law(NamedTuple):
@@ -52,10 +52,10 @@ def ragged(draw: st.DrawFn, **fixed: Any) -> Any:
 
 
 LAWS: Final = (
-    Law("attention", attention.attention_is_its_definition, st.one_of(attentions(), attentions(**PLAIN))),
+    Law("attention", attention.attention_is_its_definition, st.one_of(attentions(), attentions(**PLAIN), decodes())),
     Law("attention", attention.gradients_are_exact, BACKWARD),
     Law("attention", attention.gradients_flow_through_lse, BACKWARD),
-    Law("attention", attention.keys_split_anywhere, attentions(needle=False)),
+    Law("attention", attention.keys_split_anywhere, st.one_of(attentions(), attentions(**PLAIN), decodes())),
     Law("attention", attention.keys_have_no_order, attentions(mask="everything()", alibi=None, dead=0.0)),
     Law("attention", attention.groups_are_repeated_heads, attentions()),
     Law("attention", attention.wide_windows_are_causal, attentions(**CAUSAL)),
