@@ -73,6 +73,8 @@ def every(config: Mapping[str, Any], count: int) -> list[bool]:
     """Every n-th layer, or the layers marked G of a repeated "LLLG"; Gemma 4's and such a text's last one too."""
     pattern = find(config, "sliding_window_pattern")
     if isinstance(pattern, str):
+        if not pattern or set(pattern) - {"L", "G"}:
+            refuse("sliding_window_pattern", "a number, or a text of L and G", repr(pattern))
         return [pattern[layer % len(pattern)] == "G" or layer == count - 1 for layer in range(count)]
     n = whole(config, "sliding_window_pattern", "the distance between layers of full attention")
     last = str(config.get("model_type")).startswith("gemma4")

@@ -9,7 +9,6 @@ from dataclasses import replace
 from typing import Any, Final, cast
 
 import torch
-from einops import repeat
 from jaxtyping import Int64
 from torch import Tensor
 
@@ -48,7 +47,10 @@ def rotation(p: Parameters, length: int) -> Rotation:
         return made
     if str(p.config.get("model_type")).startswith("ernie4_5_vl"):
         refuse("M-RoPE of Ernie 4.5 VL", "absent: its order of axes is not supported", section)
-    return replace(made, axis=axes(section, made.inv_freq.shape[-1], interleaved=bool(p.keys.get("mrope_interleaved"))))
+    if not isinstance(section, list | tuple) or not all(isinstance(x, int) for x in cast("Sequence[object]", section)):
+        refuse("rope key 'mrope_section'", "a list of whole numbers", repr(cast("object", section)))
+    interleaved = bool(p.keys.get("mrope_interleaved"))
+    return replace(made, axis=axes(cast("Sequence[int]", section), made.inv_freq.shape[-1], interleaved=interleaved))
 
 
 def axes(section: Sequence[int], planes: int, *, interleaved: bool) -> Int64[Tensor, " p"]:
@@ -58,13 +60,16 @@ def axes(section: Sequence[int], planes: int, *, interleaved: bool) -> Int64[Ten
     turns until height and width have had their number, and time has the rest.
     """
     if sum(section) != planes or min(section) < 0 or (interleaved and len(section) != 3):
-        refuse("mrope_section", f"{'3 ' if interleaved else ''}numbers that add up to the {planes} planes", section)
-    axis = torch.arange(len(section))
+        refuse(
+            "rope key 'mrope_section'",
+            f"{'3 ' if interleaved else ''}numbers that add up to the {planes} planes",
+            section,
+        )
     if not interleaved:
-        return axis.repeat_interleave(torch.tensor(section))
-    turn = repeat(axis, "axis -> (group axis)", group=-(-planes // 3))[:planes]
-    count = torch.tensor(section)[turn]
-    return torch.where((turn > 0) & (torch.arange(planes) < 3 * count), turn, 0)
+        return torch.arange(len(section)).repeat_interleave(torch.tensor(section))
+    plane = torch.arange(planes)
+    turn = plane % 3
+    return torch.where(plane < 3 * torch.tensor(section)[turn], turn, 0)
 
 
 def plain(p: Parameters, _length: int) -> Rotation:
