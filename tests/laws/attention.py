@@ -12,6 +12,7 @@ from torch import Tensor
 
 from longspan.backends import Backend
 from longspan.spec import AttentionState, masks
+from longspan.spec.checks import floating
 
 from .budget import Bound, attention_bounds, worst
 from .problems import Attention, Inputs
@@ -120,7 +121,9 @@ def wide_windows_are_causal(backend: Backend, problem: Attention, device: Device
     copied = call(backend, of, mask=masks.window(1), sink=None).out[:, :, max(problem.m - problem.n, 0) :]
     own = of.v[:, :, max(problem.n - problem.m, 0) :]
     truth = repeat(own, "b g n e -> b (g r) n e", r=problem.h // problem.g).double()
-    return max(error, worst("the copied value", copied, Bound(truth, torch.finfo(of.q.dtype).eps * truth.abs())))
+    # The value is copied but for the rounding of a weight of one.
+    rounding = torch.finfo(of.q.dtype).eps + 4 * torch.finfo(floating(of.q)).eps
+    return max(error, worst("the copied value", copied, Bound(truth, rounding * truth.abs())))
 
 
 def later_queries_stand_alone(backend: Backend, problem: Attention, device: Device = "cpu") -> float:

@@ -92,6 +92,7 @@ class Forward(NamedTuple):
     slope_off: Tensor  # [b, g, r, m, n], error of that derivative: 1 - tanh² cancels where the cap bites
     shown: Tensor  # [b, g, r, m, n], 1.0 where the query sees the key
     u: Tensor  # [b, g, r, m], relative error of a weight
+    lse_off: Tensor  # [b, g, r, m], error of the log-sum-exp, which all weights of a row share
     eps: float
     fine: float
     tiny: float
@@ -146,7 +147,7 @@ def attention_bounds(
         p=weights((capped - distance).masked_fill(hidden, -torch.inf), lse),
         slope=factor * (torch.ones_like(capped) if softcap is None else 1 - (capped / softcap) ** 2),
         slope_off=abs(factor) * (0.0 * capped if softcap is None else 2 * fine * (size + softcap) / softcap),
-        shown=(~hidden).double().expand_as(capped), u=eps + lse_off,
+        shown=(~hidden).double().expand_as(capped), u=eps + lse_off, lse_off=lse_off,
         eps=eps, fine=fine, tiny=smallest(q.dtype),
     )  # fmt: skip
     off = root(seen_by.u, seen_by.p, v64, "b g r m n, b g n e -> b g r m e") + column(seen_by.u) * seen_by.out.abs()
@@ -169,7 +170,7 @@ def gradient_bounds(of: Forward, d_out: Tensor, d_lse: Tensor, sink: Tensor | No
     d_capped = of.p * (einsum(d_out, of.v, "b g r m e, b g n e -> b g r m n") - column(delta))
     # Delta is off by the rounding of O, by its own sum, and by the weights that made O.
     delta_off = of.eps * (product**2).sum(-1).sqrt() + of.fine * (product.abs().sum(-1) + d_lse.abs())
-    delta_off = delta_off + of.u * (d_capped**2).sum(-1).sqrt()
+    delta_off = delta_off + of.u * (d_capped**2).sum(-1).sqrt() + of.lse_off * product.sum(-1).abs()
     d_score = d_capped * of.slope
     reach = einsum(d_out.abs(), of.v.abs(), "b g r m e, b g n e -> b g r m n")
     d_score_off = column(of.u) * d_score.abs() + d_capped.abs() * of.slope_off + of.fine * p_slope.abs() * reach
