@@ -16,8 +16,8 @@ from longspan.spec.checks import check_append, check_rotate
 from longspan.spec.pairing import Pairing
 from torch import Tensor
 
-from .rope import arguments, check_rows, declines_heads, declines_in_place, declines_rotation, serve
-from .rope_kernel import choose_rope, copy_heads, on, rotation_of, strides_of, turn_heads
+from .rope import PLAIN, arguments, check_rows, declines_heads, declines_in_place, declines_rotation, serve
+from .rope_kernel import choose_rope, copy_heads, load_planes, on, power_of_two, rotation_of, strides_of, turn_heads
 
 
 @triton.jit
@@ -39,12 +39,13 @@ def append_kernel(
     first, step = tl.program_id(1) * BLOCK_H, SPLIT * BLOCK_H
     source, target = token * k_t, row * k_row + column * k_column
     if PLANES > 0:
+        real, imag = load_planes(k, source, live, heads, k_h, first, PLANES, INTERLEAVED, BLOCK_M, BLOCK_H, BLOCK_P)
         cos, sin = rotation_of(
             position, inv_freq, factor_rows, axis, factor, token, token, live, axes,
             position_axis, position_t, 0, inv_freq_t, factor_t, ROWS, False, PLANES, BLOCK_P,
         )  # fmt: skip
         turn_heads(
-            k, k_cache, source, target, live, heads, k_h, k_head, first, step, cos, sin,
+            k, k_cache, source, target, live, heads, k_h, k_head, first, step, real, imag, cos, sin,
             PLANES, INTERLEAVED, BLOCK_M, BLOCK_H, BLOCK_P,
         )  # fmt: skip
     if 2 * PLANES < D:
@@ -82,7 +83,7 @@ def append_(
     if rotation is not None and position is not None:
         turning = arguments(k, position.unsqueeze(-1), rotation)
     rest = (k, v, k_cache, v_cache, slot, *turning, pairing == "interleaved")
-    if torch.compiler.is_compiling() or type(k.detach()) is not Tensor:
+    if torch.compiler.is_compiling() or type(k) not in PLAIN:
         torch.ops.longspan.flash_append_(*rest)
     else:
         write_(*rest)
@@ -124,18 +125,18 @@ def write_(
     planes = 0 if inv_freq is None else inv_freq.shape[-1]
     if inv_freq is not None and inv_freq.stride(-1) != 1:
         inv_freq = inv_freq.contiguous()
-    choice = choose_rope(tokens, 2 * heads, max(planes, e // 2))
+    choice = choose_rope(tokens, heads, max(planes, e // 2), k.element_size(), heads_inside=True)
     placed = (0, 0, 0) if position is None else strides_of(position)
     with on(k.device):
-        append_kernel[triton.cdiv(tokens, choice.tokens), choice.split](
+        append_kernel[-(-tokens // choice.tokens), choice.split](
             k, v, k_cache, v_cache, slot, position, inv_freq, rows, axis, factor, tokens, count * size, size,
             1 if position is None else position.shape[0], heads,
             *k.stride()[:2], *v.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3], slot.stride(0),
             *placed[:2], inv_freq.stride(0) if inv_freq is not None and inv_freq.ndim > 1 else 0,
             0 if rows is None or rows.numel() == 1 else rows.stride(0),
             D=d, E=e, PLANES=planes, ROWS=inv_freq is not None and inv_freq.ndim > 1, INTERLEAVED=interleaved,
-            BLOCK_M=choice.tokens, BLOCK_H=choice.heads, BLOCK_P=triton.next_power_of_2(max(planes, 1)),
-            BLOCK_D=triton.next_power_of_2(max(d - 2 * planes, 1)), BLOCK_E=triton.next_power_of_2(max(e, 1)),
+            BLOCK_M=choice.tokens, BLOCK_H=choice.heads, BLOCK_P=power_of_two(planes),
+            BLOCK_D=power_of_two(d - 2 * planes), BLOCK_E=power_of_two(e),
             SPLIT=choice.split, num_warps=choice.num_warps,
         )  # fmt: skip
 

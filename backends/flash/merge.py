@@ -18,8 +18,8 @@ from longspan.spec.checks import refuse, same_device
 from longspan.spec.state import log_sum_exp, weights
 from torch import Tensor
 
-from .rope import declines_heads, fold, serve
-from .rope_kernel import on
+from .rope import PLAIN, declines_heads, fold, serve, watched
+from .rope_kernel import on, power_of_two
 
 AT_ONCE: Final = 16  # parts of one launch; a kernel is compiled for each number of them
 
@@ -119,10 +119,13 @@ def declines_add_sink(state: AttentionState, sink: Tensor) -> str | None:
 
 def whole(states: tuple[AttentionState, ...], sink: Tensor | None, dtype: torch.dtype) -> AttentionState:
     """Merge at most AT_ONCE states and a sink [b, h] into one state of a dtype."""
-    if torch.compiler.is_compiling() or type(states[0].out.detach()) is not Tensor:
+    if torch.compiler.is_compiling() or type(states[0].out) not in PLAIN:
         out, lse = formula(states, sink)
         return AttentionState(out.to(dtype), lse)
-    return AttentionState(*Merge.apply(sink, dtype, *(s.out for s in states), *(s.lse for s in states)))
+    outs, lses = tuple(state.out for state in states), tuple(state.lse for state in states)
+    if watched(*outs, *lses, *(() if sink is None else (sink,))):
+        return AttentionState(*Merge.apply(sink, dtype, *outs, *lses))
+    return AttentionState(*launch(outs, lses, sink, dtype))
 
 
 def formula(states: tuple[AttentionState, ...], sink: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -194,10 +197,10 @@ def launch(
     lse = torch.empty((b, h, m), dtype=torch.float32, device=out.device)
     if lse.numel() == 0:
         return out, lse
-    block_c = triton.next_power_of_2(max(e, 1))
+    block_c = power_of_two(e)
     block_r = max(1, min(16, 2048 // block_c))
     with on(out.device):
-        merge_kernel[(triton.cdiv(b * h * m, block_r),)](
+        merge_kernel[(-(-b * h * m // block_r),)](
             tuple(outs), tuple(lses), sink, out, lse, b * h * m, h, m,
             tuple(one.stride()[:3] for one in outs), tuple(one.stride() for one in lses),
             *((0, 0) if sink is None else sink.stride()), out.stride()[:3],

@@ -10,19 +10,19 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 import torch
-import triton
 from longspan.spec import Rotation
 from longspan.spec.checks import check_rotate, refuse
 from longspan.spec.pairing import Pairing
 from longspan.spec.rope import between
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..registry import Unsupported
-from .rope_kernel import launch, rotate_kernel
+from .rope_kernel import INTERPRETED, launch
 
 DTYPES: Final = (torch.float16, torch.bfloat16, torch.float32)
 LARGEST: Final = 1024  # coordinates of a head: a row of a tile
-INTERPRETED: Final = not isinstance(rotate_kernel, triton.runtime.JITFunction)
+PLAIN: Final = (Tensor, torch.nn.Parameter)
 
 
 def rotate(x: Tensor, position: Tensor, rotation: Rotation, *, pairing: Pairing = "half") -> Tensor:
@@ -39,7 +39,7 @@ def rotate(x: Tensor, position: Tensor, rotation: Rotation, *, pairing: Pairing 
         Unsupported: For what `declines_rotate` names.
     """
     serve(declines_rotate(x, position, rotation, pairing=pairing))
-    return Rotate.apply(*arguments(x, position, rotation), pairing == "interleaved", False, x)[0]
+    return turned(arguments(x, position, rotation), pairing, x)[0]
 
 
 def rotate_qk(
@@ -47,7 +47,8 @@ def rotate_qk(
 ) -> tuple[Tensor, Tensor]:
     """Turn queries and keys of the same tokens in one launch; see `rotate`."""
     serve(declines_rotate_qk(q, k, position, rotation, pairing=pairing))
-    return Rotate.apply(*arguments(q, position, rotation), pairing == "interleaved", False, q, k)
+    turned_q, turned_k = turned(arguments(q, position, rotation), pairing, q, k)
+    return turned_q, turned_k
 
 
 def rerotate(k: Tensor, position: Tensor, old: Rotation, new: Rotation, *, pairing: Pairing = "half") -> Tensor:
@@ -171,6 +172,26 @@ def arguments(x: Tensor, position: Tensor, rotation: Rotation) -> tuple[Any, ...
     return position, inv_freq, rows, axis if position.ndim == 3 else None, 1.0 if rows is not None else factor
 
 
+def turned(rotation: tuple[Any, ...], pairing: Pairing, *x: Tensor) -> Sequence[Tensor]:
+    """Rotate, through autograd where it could be looking."""
+    options = (*rotation, pairing == "interleaved", False)
+    return Rotate.apply(*options, *x) if watched(*x) else turn(x, *options)
+
+
+def watched(*x: Tensor) -> bool:
+    """Whether a gradient, a tangent, a transform or a graph may be asked of a call; otherwise a Function only costs.
+
+    It costs more than the launch: binding its arguments, 40 µs. Tensor subclasses (fake ones too) count as watched.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or (torch.is_grad_enabled() and any(one.requires_grad for one in x))
+        or torch._C._are_functorch_transforms_active()  # noqa: SLF001 - what Function.apply itself asks
+        or forward_ad._current_level >= 0  # noqa: SLF001 - a tangent must be refused, not dropped
+        or any(type(one) not in PLAIN for one in x)
+    )
+
+
 class Rotate(torch.autograd.Function):
     """The rotation of any number of tensors (one or two), differentiable in them."""
 
@@ -267,7 +288,7 @@ def turn(
 
 def turn_or_record(x: Sequence[Tensor], *rest: Any) -> list[Tensor]:
     """Rotate out of place, through the operator where a graph is being captured."""
-    if torch.compiler.is_compiling() or type(x[0].detach()) is not Tensor:
+    if torch.compiler.is_compiling() or type(x[0]) not in PLAIN:
         return torch.ops.longspan.flash_rotate(list(x), *rest)
     return turn(x, *rest)
 
@@ -282,7 +303,7 @@ def turn_raw_(
 
 def turn_(x: Sequence[Tensor], *rest: Any) -> None:
     """Rotate in place, through the operator where a graph is being captured."""
-    if torch.compiler.is_compiling() or type(x[0].detach()) is not Tensor:
+    if torch.compiler.is_compiling() or type(x[0]) not in PLAIN:
         torch.ops.longspan.flash_rotate_(list(x), *rest)
     else:
         turn_raw_(x, *rest)

@@ -8,8 +8,7 @@ Shapes of tiles: M tokens, P planes, H heads, C columns copied.
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final, NamedTuple
 
 import torch
 import triton
@@ -24,7 +23,8 @@ def turns_of(inv_freq):
     # Adding 1.5 · 2^52 leaves no bit behind the point: round to nearest even, as torch does.
     fraction = fraction - ((fraction + 6755399441055744.0) - 6755399441055744.0)
     scaled = fraction * 18446744073709551616.0
-    return tl.minimum(tl.maximum(scaled, -9223372036854775808.0), 9223372036854774784.0).to(tl.int64)
+    # 2^63 itself does not fit; half a turn is its own negative.
+    return tl.where(scaled >= 9223372036854775808.0, scaled - 1024.0, scaled).to(tl.int64)
 
 
 @triton.jit
@@ -79,33 +79,72 @@ def rotation_of(
 
 
 @triton.jit
-def turn_heads(
-    x, out, row, out_row, live, heads, stride, out_stride, first, step, cos, sin,
+def load_planes(
+    x, row, live, heads, stride, start,
     PLANES: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """Turn the first 2 · PLANES coordinates of the heads ``first, first + step, …`` of a block of tokens."""
+    """Read the planes [H, M, P] of the heads from ``start`` on, as (real parts, imaginary parts)."""
+    head = start + tl.arange(0, BLOCK_H)
+    source = x + row[None, :, None] + (head.to(tl.int64) * stride)[:, None, None]  # [H, M, 1]
+    keep = live[None, :, None] & (head < heads)[:, None, None]
+    if INTERLEAVED:
+        column = tl.arange(0, 2 * BLOCK_P)[None, None, :]
+        if PLANES != BLOCK_P:
+            keep = keep & (column < 2 * PLANES)
+        pair = tl.load(source + column, keep, 0.0)
+        real, imag = tl.split(tl.reshape(pair, [BLOCK_H, BLOCK_M, BLOCK_P, 2]))
+    else:
+        plane = tl.arange(0, BLOCK_P)[None, None, :]
+        if PLANES != BLOCK_P:
+            keep = keep & (plane < PLANES)
+        real = tl.load(source + plane, keep, 0.0)
+        imag = tl.load(source + plane + PLANES, keep, 0.0)
+    return real, imag
+
+
+@triton.jit
+def store_planes(
+    out, row, live, heads, stride, start, real, imag,
+    PLANES: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """Write planes where `load_planes` reads them."""
+    head = start + tl.arange(0, BLOCK_H)
+    target = out + row[None, :, None] + (head.to(tl.int64) * stride)[:, None, None]
+    keep = live[None, :, None] & (head < heads)[:, None, None]
+    real, imag = real.to(out.dtype.element_ty), imag.to(out.dtype.element_ty)
+    if INTERLEAVED:
+        column = tl.arange(0, 2 * BLOCK_P)[None, None, :]
+        if PLANES != BLOCK_P:
+            keep = keep & (column < 2 * PLANES)
+        tl.store(target + column, tl.reshape(tl.join(real, imag), [BLOCK_H, BLOCK_M, 2 * BLOCK_P]), keep)
+    else:
+        plane = tl.arange(0, BLOCK_P)[None, None, :]
+        if PLANES != BLOCK_P:
+            keep = keep & (plane < PLANES)
+        tl.store(target + plane, real, keep)
+        tl.store(target + plane + PLANES, imag, keep)
+
+
+@triton.jit
+def turn_heads(
+    x, out, row, out_row, live, heads, stride, out_stride, first, step, real, imag, cos, sin,
+    PLANES: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """Turn the heads ``first, first + step, …`` of a block of tokens, of which the first were read already.
+
+    The next heads are on their way while these are turned.
+    """
     for start in range(first, heads, step):
-        head = start + tl.arange(0, BLOCK_H)
-        source = x + row[None, :, None] + (head.to(tl.int64) * stride)[:, None, None]  # [H, M, 1]
-        target = out + out_row[None, :, None] + (head.to(tl.int64) * out_stride)[:, None, None]
-        keep = live[None, :, None] & (head < heads)[:, None, None]
-        if INTERLEAVED:
-            column = tl.arange(0, 2 * BLOCK_P)[None, None, :]
-            if PLANES != BLOCK_P:
-                keep = keep & (column < 2 * PLANES)
-            pair = tl.load(source + column, keep, 0.0).to(tl.float32)
-            real, imag = tl.split(tl.reshape(pair, [BLOCK_H, BLOCK_M, BLOCK_P, 2]))
-            turned = tl.join(real * cos[None] - imag * sin[None], real * sin[None] + imag * cos[None])
-            turned = tl.reshape(turned, [BLOCK_H, BLOCK_M, 2 * BLOCK_P])
-            tl.store(target + column, turned.to(out.dtype.element_ty), keep)
-        else:
-            plane = tl.arange(0, BLOCK_P)[None, None, :]
-            if PLANES != BLOCK_P:
-                keep = keep & (plane < PLANES)
-            real = tl.load(source + plane, keep, 0.0).to(tl.float32)
-            imag = tl.load(source + plane + PLANES, keep, 0.0).to(tl.float32)
-            tl.store(target + plane, (real * cos[None] - imag * sin[None]).to(out.dtype.element_ty), keep)
-            tl.store(target + plane + PLANES, (real * sin[None] + imag * cos[None]).to(out.dtype.element_ty), keep)
+        next_real, next_imag = load_planes(
+            x, row, live, heads, stride, start + step, PLANES, INTERLEAVED, BLOCK_M, BLOCK_H, BLOCK_P
+        )
+        real, imag = real.to(tl.float32), imag.to(tl.float32)
+        store_planes(
+            out, out_row, live, heads, out_stride, start,
+            real * cos[None] - imag * sin[None], real * sin[None] + imag * cos[None],
+            PLANES, INTERLEAVED, BLOCK_M, BLOCK_H, BLOCK_P,
+        )  # fmt: skip
+        real, imag = next_real, next_imag
 
 
 @triton.jit
@@ -128,29 +167,37 @@ def rotate_kernel(
     q, q_out, k, k_out, position, inv_freq, factor_rows, axis, factor, tokens, m, axes, q_heads, k_heads,
     q_b, q_h, q_m, q_out_b, q_out_h, q_out_m, k_b, k_h, k_m, k_out_b, k_out_h, k_out_m,
     position_axis, position_b, position_m, inv_freq_b, factor_b,
-    PLANES: tl.constexpr, Q_TAIL: tl.constexpr, K_TAIL: tl.constexpr,
+    PLANES: tl.constexpr, Q_TAIL: tl.constexpr, K_TAIL: tl.constexpr, WIDE: tl.constexpr,
     ROWS: tl.constexpr, INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """Turn BLOCK_M tokens of q and of k; ``program_id(1)`` of SPLIT shares the heads out where tokens are few."""
-    token = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # of all sequences, in order
+    block = tl.program_id(0)
+    if WIDE:
+        block = block.to(tl.int64)
+    token = block * BLOCK_M + tl.arange(0, BLOCK_M)  # of all sequences, in order
     live = token < tokens
-    b = token // m
-    i = token - b * m
+    b = token // m  # a division of 64 bits would be a hundred instructions ahead of the first load
+    i = (token - b * m).to(tl.int64)
+    b = b.to(tl.int64)
     first, step = tl.program_id(1) * BLOCK_H, SPLIT * BLOCK_H
     q_row, q_out_row = b * q_b + i * q_m, b * q_out_b + i * q_out_m
     k_row, k_out_row = b * k_b + i * k_m, b * k_out_b + i * k_out_m
     if PLANES > 0:
+        real, imag = load_planes(
+            q, q_row, live, q_heads, q_h, first, PLANES, INTERLEAVED, BLOCK_M, BLOCK_H, BLOCK_P
+        )  # on their way while the angles are made
         cos, sin = rotation_of(
             position, inv_freq, factor_rows, axis, factor, b, i, live, axes,
             position_axis, position_b, position_m, inv_freq_b, factor_b, ROWS, INVERSE, PLANES, BLOCK_P,
         )  # fmt: skip
         turn_heads(
-            q, q_out, q_row, q_out_row, live, q_heads, q_h, q_out_h, first, step, cos, sin,
+            q, q_out, q_row, q_out_row, live, q_heads, q_h, q_out_h, first, step, real, imag, cos, sin,
             PLANES, INTERLEAVED, BLOCK_M, BLOCK_H, BLOCK_P,
         )  # fmt: skip
+        real, imag = load_planes(k, k_row, live, k_heads, k_h, first, PLANES, INTERLEAVED, BLOCK_M, BLOCK_H, BLOCK_P)
         turn_heads(
-            k, k_out, k_row, k_out_row, live, k_heads, k_h, k_out_h, first, step, cos, sin,
+            k, k_out, k_row, k_out_row, live, k_heads, k_h, k_out_h, first, step, real, imag, cos, sin,
             PLANES, INTERLEAVED, BLOCK_M, BLOCK_H, BLOCK_P,
         )  # fmt: skip
     if Q_TAIL > 0:
@@ -163,8 +210,7 @@ def rotate_kernel(
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class RopeChoice:
+class RopeChoice(NamedTuple):
     """Launch parameters of the rotation: a tile is ``tokens × heads`` rows; ``split`` programs share a token's heads."""
 
     tokens: int
@@ -173,11 +219,31 @@ class RopeChoice:
     num_warps: int
 
 
-def choose_rope(tokens: int, heads: int, planes: int) -> RopeChoice:
-    """Pick launch parameters: enough programs to fill a GPU first, few sines a head second."""
-    block_p = triton.next_power_of_2(max(planes, 1))
-    block_m = max(1, min(16, 1024 // block_p))
-    return RopeChoice(tokens=block_m, heads=2, split=1, num_warps=4)
+def choose_rope(tokens: int, heads: int, planes: int, itemsize: int, *, heads_inside: bool) -> RopeChoice:
+    """Pick launch parameters, by what was fastest on an H200 at head dimension 128; they move bytes, and little else counts.
+
+    A lane has two 16-byte loads of each half of a head on their way: one starves the memory pipe, four the registers.
+    A tile runs along memory: over heads where they lie inside a token, else over tokens. Where tokens are too few to
+    fill a GPU, programs share their heads out, and each makes the same cosines again.
+    """
+    if INTERPRETED:
+        return RopeChoice(16, 2, 1, 1)  # a tile costs the same whatever its size
+    warps = 2 if heads_inside else 1
+    rows = max(1, warps * 1024 // itemsize // power_of_two(planes))
+    block_h = min(rows, power_of_two(heads), 8 if heads_inside else 2)
+    block_m = rows // block_h
+    split = 1 if heads_inside else 2
+    split = min(-(-heads // block_h), max(split, -(-FILLED * block_m // tokens)))
+    return RopeChoice(block_m, block_h, split, warps)
+
+
+FILLED: Final = 1024  # programs that keep a large GPU busy
+INTERPRETED: Final = not isinstance(rotate_kernel, triton.runtime.JITFunction)  # TRITON_INTERPRET=1, when it was defined
+
+
+def power_of_two(n: int) -> int:
+    """Least power of two from n on; Triton's own costs a host ten times as much."""
+    return 1 << max(n - 1, 0).bit_length()
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:
@@ -205,16 +271,18 @@ def launch(
     if tokens * (q_heads + k_heads) == 0:
         return
     q_tail, k_tail = (0 if q_out is q else d - 2 * planes), (0 if k_out is k else k.shape[-1] - 2 * planes)
-    choice = choose_rope(tokens, q_heads + k_heads, planes)
+    choice = choose_rope(
+        tokens, max(q_heads, k_heads), planes, q.element_size(), heads_inside=q.stride(1) < q.stride(2)
+    )
     inv_freq = inv_freq if inv_freq.stride(-1) == 1 else inv_freq.contiguous()
     with on(q.device):
-        rotate_kernel[triton.cdiv(tokens, choice.tokens), choice.split](
+        rotate_kernel[-(-tokens // choice.tokens), choice.split](
             q, q_out, k, k_out, position, inv_freq, rows, axis, factor, tokens, m, position.shape[0], q_heads, k_heads,
             *q.stride()[:3], *q_out.stride()[:3], *k.stride()[:3], *k_out.stride()[:3],
             *strides_of(position), inv_freq.stride(0) if inv_freq.ndim > 1 else 0,
             0 if rows is None or rows.numel() == 1 else rows.stride(0),
             PLANES=planes, Q_TAIL=q_tail, K_TAIL=k_tail if k_heads else 0,
-            ROWS=inv_freq.ndim > 1, INTERLEAVED=interleaved, INVERSE=inverse,
-            BLOCK_M=choice.tokens, BLOCK_H=choice.heads, BLOCK_P=triton.next_power_of_2(max(planes, 1)),
-            BLOCK_C=triton.next_power_of_2(max(q_tail, k_tail, 1)), SPLIT=choice.split, num_warps=choice.num_warps,
+            WIDE=tokens >= 2**31 - 1024, ROWS=inv_freq.ndim > 1, INTERLEAVED=interleaved, INVERSE=inverse,
+            BLOCK_M=choice.tokens, BLOCK_H=choice.heads, BLOCK_P=power_of_two(planes),
+            BLOCK_C=power_of_two(max(q_tail, k_tail)), SPLIT=choice.split, num_warps=choice.num_warps,
         )  # fmt: skip
