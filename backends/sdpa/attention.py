@@ -90,14 +90,11 @@ def attention(
 
 def on_cpu(mask: Mask) -> Mask:
     """Bring spans to where the plan is made; lowering itself brings the other terms."""
-    return Mask(
-        tuple(
-            Spans(term.first.cpu(), term.last.cpu(), None if term.base is None else term.base.cpu(), term.keep)
-            if isinstance(term, Spans)
-            else term
-            for term in mask.terms
-        )
-    )
+    spans = [term for term in mask.terms if isinstance(term, Spans)]
+    if not spans:
+        return mask
+    ((first, last, base, keep),) = ((x.first, x.last, x.base, x.keep) for x in spans)
+    return Mask((Spans(first.cpu(), last.cpu(), None if base is None else base.cpu(), keep),))  # spans join nothing
 
 
 def attention_varlen(

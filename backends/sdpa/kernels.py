@@ -66,6 +66,13 @@ def repeats(device: torch.device) -> bool:
     return device.type != "cuda" or strict
 
 
+def laid(x: Tensor) -> Tensor:
+    """Lay a tensor out as kernels take for granted: dims side by side, and on CUDA rows at multiples of 16 bytes."""
+    starts = [x.data_ptr(), *(stride * x.element_size() for stride in x.stride()[:-1])] if x.is_cuda else []
+    fits = x.stride(-1) == 1 and all(start % 16 == 0 for start in starts)
+    return x if fits else x.clone(memory_format=torch.contiguous_format)
+
+
 def kernel(q: Tensor, *, masked: bool) -> Kernel:
     """Choose the operators for tensors like q, already in `compute_dtype` and padded."""
     if q.device.type == "cpu":
@@ -97,7 +104,7 @@ def flash_forward(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Call the CUDA flash operator (float16 and bfloat16, no bias), which reads grouped heads as they are."""
-    assert bias is None
+    del bias
     out, lse, *_ = ATEN._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)
     return out, lse[..., : q.shape[2]]
 
@@ -107,8 +114,8 @@ def flash_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Call the backward of the CUDA flash operator."""
-    assert bias is None
-    unused = torch.empty(2, dtype=torch.int64, device=q.device)  # the state of dropout, of which there is none
+    del bias
+    unused = torch.empty(2, dtype=torch.uint64, device=q.device)  # the state of dropout, of which there is none
     return ATEN._scaled_dot_product_flash_attention_backward(
         d_out, q, k, v, out, lse.contiguous(), None, None, q.shape[2], k.shape[2], 0.0, causal, unused, unused,
         scale=scale,
@@ -133,7 +140,9 @@ def efficient_backward(
     """Call the backward of memory-efficient attention, and add up the gradients of shared keys."""
     g, r = k.shape[1], q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(r, 1) for x in (k, v))
-    lse = pad(lse, (0, -q.shape[2] % 32), value=torch.inf)  # it reads whole blocks of rows; exp(-inf) is no weight
+    lse = pad(
+        lse.contiguous(), (0, -q.shape[2] % 32), value=torch.inf
+    )  # it reads whole blocks of rows; exp(-inf) is no weight
     unused = torch.empty((), dtype=torch.int64, device=q.device)
     dq, dk, dv, _ = ATEN._scaled_dot_product_efficient_attention_backward(
         d_out, q, k, v, aligned(bias, q), out, lse, unused, unused, 0.0, [True, True, True, False], causal, scale=scale

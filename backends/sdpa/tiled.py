@@ -1,9 +1,9 @@
 """Attention tiled over PyTorch's kernels: every part is one call, and log-sum-exps join the parts of a row.
 
-Forward: parts of a tile are merged in float32 (`longspan.spec.merge`). Backward: with the out and LSE of the whole row, a
-kernel's backward gives the exact gradient of its part, ``P = exp(s - lse)`` and ``dS = P ∘ (dP - delta)``
+Forward: parts of a tile are merged in float32 (`longspan.spec.merge`). Backward: with the out and the LSE of the whole
+row, a kernel's backward gives the exact gradient of its part, ``P = exp(s - lse)`` and ``dS = P ∘ (dP - delta)``
 (FlashAttention-2, arXiv:2307.08691, Algorithm 2). The kernels compute ``delta = rowsum(dO ∘ O)`` themselves; a gradient
-through the LSE, which subtracts dLSE from delta, goes in as one more column of O under a column of ones in dO.
+through the LSE, which subtracts dLSE from delta, goes in as one more column of O beside a column of ones in dO.
 Shapes: b batch, h query heads, g key heads, m queries, n keys, d head dimension, e value dimension.
 """
 
@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 import torch
 from einops import rearrange
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
 from longspan.spec import AttentionState, Bounds, add_sink, merge, visible
 from longspan.spec.checks import floating
 
-from .kernels import DEVICES, compute_dtype, kernel
+from .kernels import DEVICES, compute_dtype, kernel, laid
 from .tiles import Part, Tile, tiles
 
 
@@ -47,8 +47,9 @@ def plan(seen: Bounds, device: torch.device) -> list[Sequences]:
     for stop in range(1, b + 1):
         if stop < b and all(torch.equal(x[start], x[stop]) for x in rows):
             continue
-        one = Bounds(*(x[start : start + 1] if isinstance(x, Tensor) else x for x in seen))
-        there = Bounds(*(x.to(device) if isinstance(x, Tensor) else x for x in one))
+        first, last, base = (x[start : start + 1] for x in rows)
+        one = Bounds(first, last, base, seen.keep, base)
+        there = Bounds(first.to(device), last.to(device), base.to(device), seen.keep, base)
         result.append(Sequences(slice(start, stop), there, tiles(one, DEVICES[device.type].rows)))
         start = stop
     return result
@@ -92,10 +93,11 @@ class TiledAttention(torch.autograd.Function):
                 state = merge(*states) if len(states) > 1 else states[0]
                 rows = (of.batch, slice(None), slice(tile.start, tile.stop))
                 out[rows], lse[rows] = state.out[..., :e], state.lse
-        return (out, lse) if sink is None else tuple(add_sink(AttentionState(out, lse), sink))
+        state = AttentionState(out, lse) if sink is None else add_sink(AttentionState(out, lse), sink)
+        return state.out, state.lse
 
     @staticmethod
-    def setup_context(ctx: FunctionCtx, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         """Keep what the backward reads."""
         q, k, v, sink, scale, sequences = inputs
         ctx.save_for_backward(q, k, v, sink, *output)
@@ -108,7 +110,7 @@ class TiledAttention(torch.autograd.Function):
         """Add up the gradients of the parts."""
         q, k, v, sink, out, lse = ctx.saved_tensors
         d_out = torch.zeros_like(out) if d_out is None else d_out
-        grads = gradients(q, k, v, out, lse, d_out, d_lse, ctx.scale, ctx.sequences)
+        grads = gradients((q, k, v), AttentionState(out, lse), (d_out, d_lse), ctx.scale, ctx.sequences)
         d_sink = None
         if sink is not None:
             delta = (d_out * out).sum(-1) - (0 if d_lse is None else d_lse)
@@ -130,25 +132,20 @@ def attend(q: Tensor, k: Tensor, v: Tensor, call: Call, scale: float, wide: torc
 
 
 def gradients(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None, scale: float,
-    sequences: list[Sequences],
+    inputs: tuple[Tensor, Tensor, Tensor], state: AttentionState, cotangents: tuple[Tensor, Tensor | None],
+    scale: float, sequences: list[Sequences],
 ) -> list[Tensor]:  # fmt: skip
     """Compute dq, dk and dv, added up in float32, from the out and the LSE of the whole."""
-    total = [torch.zeros_like(x, dtype=floating(x), memory_format=torch.contiguous_format) for x in (q, k, v)]
-    columns = 0 if d_lse is None else 2
-    sizes, dtypes = (q.shape[-1], q.shape[-1], v.shape[-1]), (q.dtype, k.dtype, v.dtype)
-    sign = turned(scale)
-    q, k, v, scale = prepared(q, k, v, scale, extra=columns)
-    room = v.shape[-1] - sizes[2]
-    out, d_out = out.to(v.dtype), d_out.to(v.dtype)
-    if d_lse is None:
-        out, d_out = pad(out, (0, room)), pad(d_out, (0, room))
-    else:  # two columns: what the first loses to rounding is in the second
+    total = [torch.zeros_like(x, dtype=floating(x), memory_format=torch.contiguous_format) for x in inputs]
+    (d_out, d_lse), sign = cotangents, turned(scale)
+    q, k, v, scale = prepared(*inputs, scale, extra=0 if d_lse is None else 2)
+    out, d_out = state.out.to(v.dtype), d_out.to(v.dtype)
+    if d_lse is not None:  # two columns: what the first loses to rounding is in the second
         high = (-d_lse).to(v.dtype)
         low = (-d_lse - high).to(v.dtype)
-        out = pad(torch.cat([out, torch.stack([high, low], -1)], -1), (0, room - columns))
-        d_out = pad(pad(d_out, (0, columns), value=1.0), (0, room - columns))
-    lse = lse.masked_fill(lse == -torch.inf, 0.0)  # exp(-inf - 0) is 0, exp(-inf + inf) is not
+        out, d_out = torch.cat([out, torch.stack([high, low], -1)], -1), pad(d_out, (0, 2), value=1.0)
+    out, d_out = (laid(widened(x, v.shape[-1])) for x in (out, d_out))
+    lse = state.lse.masked_fill(state.lse == -torch.inf, 0.0)  # exp(-inf - 0) is 0, exp(-inf + inf) is not
     for of in sequences:
         for tile in of.tiles:
             for call in calls(of, tile):
@@ -157,10 +154,10 @@ def gradients(
                     d_out[call.rows], q[call.rows], keys, values, bias, out[call.rows], lse[call.rows], call.causal,
                     scale,
                 )  # fmt: skip
-                for x, at, grad, size in zip(total, (call.rows, call.keys, call.keys), grads, sizes, strict=True):
-                    x[at] += grad[..., :size]
+                for x, at, grad in zip(total, (call.rows, call.keys, call.keys), grads, strict=True):
+                    x[at] += grad[..., : x.shape[-1]]
     total[0] *= sign
-    return [x.to(dtype) for x, dtype in zip(total, dtypes, strict=True)]
+    return [x.to(like.dtype) for x, like in zip(total, inputs, strict=True)]
 
 
 def masked(k: Tensor, v: Tensor, shown: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -182,9 +179,14 @@ def prepared(q: Tensor, k: Tensor, v: Tensor, scale: float, *, extra: int) -> tu
     size += -size % multiple
     sign = turned(scale)
     q = q if sign == 1 else q * sign
-    q, k, v = (pad(x.to(dtype), (0, size - x.shape[-1])) for x in (q, k, v))
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    q, k, v = (widened(x.to(dtype), size) for x in (q, k, v))
+    q, k, v = (laid(x) for x in (q, k, v))
     return q, k, v, abs(scale) or 1.0
+
+
+def widened(x: Tensor, size: int) -> Tensor:
+    """Pad the last dimension with zeros, which add nothing to a product; `pad` by nothing would copy."""
+    return pad(x, (0, size - x.shape[-1])) if size > x.shape[-1] else x
 
 
 def turned(scale: float) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from longspan.spec import Bounds
 
-WASTE: Final = 4  # a tile is halved while its parts have over four times as many scores as the mask shows
+WASTE: Final = 2  # a tile is halved while its parts have over twice as many scores as the mask shows
 
 
 class Part(NamedTuple):
@@ -127,9 +127,8 @@ def segments(of: Rows, start: int, stop: int) -> list[Part]:
         if body == "none" and head == "none":
             continue
         kind = "full" if "full" in (body, head) else "cut"
-        if parts and parts[-1].stop == a and parts[-1].kind == kind:
-            a = parts.pop().start
-        parts.append(Part(a, b, kind))
+        joins = bool(parts) and parts[-1].stop == a and parts[-1].kind == kind
+        parts.append(Part(parts.pop().start if joins else a, b, kind))
     return parts
 
 
