@@ -112,7 +112,12 @@ def test_qwens_upper_layers_slide_if_it_says_so() -> None:
     keys = config(model_type="qwen2", sliding_window=8, max_window_layers=9)
     assert counts(keys) == {"all": 12}
     assert hf.layers(keys)["all"].window is None
-    assert counts(keys | {"use_sliding_window": True}) == {"full_attention": 9, "sliding_attention": 3}
+    on = keys | {"use_sliding_window": True}
+    assert counts(on) == {"full_attention": 9, "sliding_attention": 3}
+    assert counts(on | {"model_type": "qwen3_moe"}) == {"all": 12}  # its code slides everywhere
+    assert hf.layers(on | {"model_type": "qwen3_moe"})["all"].window == 8
+    with pytest.raises(ValueError, match="'layer_types' must be given where a model of this type uses a sliding"):
+        hf.layers(on | {"model_type": "qwen2_moe"})  # whose codes disagree on the layers
     assert hf.layers(keys | {"use_sliding_window": True, "max_window_layers": 0})["all"].window == 8
 
 
@@ -172,6 +177,11 @@ def test_smollm3_does_not_rotate_every_fourth_layer() -> None:
         "full_attention": (9, "all"),
         "full_attention_nope": (3, None),
     }
+    near = hf.layers(config(model_type="smollm3", use_sliding_window=True, sliding_window=8))
+    assert {kind: (layer.window, layer.rotation) for kind, layer in near.items()} == {
+        "full_attention": (None, "all"),
+        "sliding_attention": (8, None),
+    }
     listed = hf.layers(config(model_type="smollm3", no_rope_layers=[0] + 11 * [1]))
     assert (listed["full_attention"].count, listed["full_attention_nope"].count) == (11, 1)
 
@@ -208,6 +218,8 @@ def test_latent_attention_caches_its_latent() -> None:
 
 
 def test_layers_without_keys_are_left_out() -> None:
+    assert counts(config(model_type="qwen3_next")) == {"all": 3}
+    assert counts(config(model_type="qwen3_next", full_attention_interval=6)) == {"all": 2}
     types = 3 * ["linear_attention", "linear_attention", "linear_attention", "full_attention"]
     layer = hf.layers(config(model_type="qwen3_next", layer_types=types, head_dim=256))["all"]
     assert (layer.count, layer.rotary_dim) == (3, 64)
@@ -282,7 +294,7 @@ def test_every_model_type_has_layers() -> None:
         latent = model_type.startswith(("deepseek", "kimi"))
         keys = config(model_type=model_type, **(head if latent else {}))
         layers = hf.layers(keys)
-        assert sum(layer.count for layer in layers.values()) == 12
+        assert sum(layer.count for layer in layers.values()) == (3 if family.pattern == "linear" else 12)
         assert {layer.pairing for layer in layers.values()} == {family.pairing}
         assert {layer.rotation for layer in layers.values()} - {None} <= set(hf.rotations(keys, length=64))
 

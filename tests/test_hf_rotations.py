@@ -185,7 +185,7 @@ def test_a_multimodal_config_is_its_language_models(nest: str) -> None:
         ({"rope_parameters": {"rope_theta": 1e6, "partial_rotary_factor": 0.25}, "partial_rotary_factor": 1.0}, 4, 1e6),
         ({"rotary_dim": 8}, 8, 1e4),
         ({"model_type": "deepseek_v3", "qk_nope_head_dim": 128, "qk_rope_head_dim": 32, "kv_lora_rank": 8}, 32, 1e4),
-        ({"model_type": "gpt_oss"}, 64, 15e4),
+        ({"model_type": "qwen3_next", "head_dim": 256}, 64, 1e4),
         ({"model_type": "unheard_of", "rope_theta": 7.0}, 16, 7.0),
     ],
 )
@@ -218,6 +218,12 @@ def test_modernbert_has_a_base_for_each_kind() -> None:
     made = hf.rotations(config(model_type="modernbert", global_rope_theta=2e5), length=4096)
     assert same(made["full_attention"], scaling.none(16, base=2e5))
     assert same(made["sliding_attention"], scaling.none(16, base=1e4))
+
+
+def test_what_the_authors_code_supplies_is_read_where_the_file_is_silent() -> None:
+    silent = config(model_type="gpt_oss", head_dim=64)
+    assert same(rotation(silent), rotation(ENTRIES["openai/gpt-oss-20b"]["config"]))
+    assert same(rotation(silent | {"rope_parameters": {"rope_type": "default"}}), scaling.none(64, base=15e4))
 
 
 def test_hunyuans_alpha_is_a_fixed_ntk() -> None:
@@ -260,9 +266,9 @@ REFUSED: Final[list[tuple[dict[str, Any], str]]] = [
     (rope(type="default", xdrope_section=[1, 2]), "XD-RoPE"),
     (config(dual_chunk_attention_config={"chunk_size": 8}), "dual chunk attention"),
     (config(rotary_emb_scale_base=512), "xPos"),
-    (rope(type="dynamic", factor=2, **{"mixed_b": 1}), "mixed_b"),
+    (rope(type="dynamic", factor=2, mixed_b=1), "mixed_b"),
     (rope(type="llama3", factor=8, original_max_position_embeddings=64), "low_freq_factor"),
-    (rope(**{"type": "llama3", "factor": 8, "original_max_position_embeddings": 64.5}), "a whole number"),
+    (rope(type="llama3", factor=8, original_max_position_embeddings=64.5), "a whole number"),
     (rope(type="longrope", original_max_position_embeddings=64, long_factor=[1.0] * 8), "short_factor.*a list of 8"),
     (
         rope(type="longrope", original_max_position_embeddings=64, short_factor=[1.0] * 8, long_factor=["a"] * 8),

@@ -12,10 +12,12 @@ from typing import Any, Final, Literal
 
 from ..pairing import Pairing
 
-Pattern = Literal["full", "sliding", "every", "upper", "local", "chunked"]
+Pattern = Literal["full", "sliding", "every", "upper", "local", "chunked", "still", "linear", "unsaid"]
 """Which layers see less than everything: none; all, where a window is given; all but every n-th
 (`sliding_window_pattern`); those from `max_window_layers` on, if `use_sliding_window`; all but each
-n-th from the first (`global_attn_every_n_layers`); those that rotate (Llama 4)."""
+n-th from the first (`global_attn_every_n_layers`); those that rotate (Llama 4); those that do not (SmolLM3);
+none, and those but each n-th
+(`full_attention_interval`) have no softmax at all; or codes disagree, and the config has to say."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,8 @@ def family(pairing: Pairing = "half", **facts: Any) -> Family:  # noqa: ANN401 -
 
 LLAMA: Final = family()
 SLIDING: Final = family(pattern="sliding")
-QWEN: Final = family(pattern="upper")
-QWEN_NEXT: Final = family(partial_rotary_factor=0.25)
+QWEN: Final = family(pattern="upper", use_sliding_window=False, sliding_window=4096, max_window_layers=28)
+QWEN_NEXT: Final = family(pattern="linear", full_attention_interval=4, partial_rotary_factor=0.25)
 GEMMA3: Final = family(
     pattern="every", sliding_window_pattern=6, sliding_window=4096, rope_theta=1e6, rope_local_base_freq=1e4,
     num_attention_heads=8, num_key_value_heads=4, head_dim=256, query_pre_attn_scalar=256,
@@ -68,6 +70,17 @@ GEMMA4: Final = family(
         ),
     }),
 )  # fmt: skip
+APERTUS: Final = family(
+    rope_theta=12e6,
+    rope_parameters=MappingProxyType({
+        "rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192,
+        "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    }),
+)  # fmt: skip
+GPT_OSS_ROPE: Final = MappingProxyType({
+    "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+    "original_max_position_embeddings": 4096,
+})  # fmt: skip
 DEEPSEEK: Final = family("interleaved")
 LLAMA4: Final = family(
     "interleaved", pattern="chunked", nope="listed", rope_theta=5e5, no_rope_layer_interval=4,
@@ -77,10 +90,11 @@ LLAMA4: Final = family(
 FAMILIES: Final[Mapping[str, Family]] = MappingProxyType({
     "llama": LLAMA, "internlm2": LLAMA, "minicpm": LLAMA, "granite": LLAMA, "granitemoe": LLAMA, "olmo": LLAMA,
     "olmo2": LLAMA, "olmoe": LLAMA, "seed_oss": LLAMA, "arcee": LLAMA, "gemma": family(head_dim=256),
-    "apertus": family(rope_theta=12e6), "minimax_m2": family(rope_theta=5e6),
+    "apertus": APERTUS, "minimax_m2": family(rope_theta=5e6),
     "mistral": family(pattern="sliding", sliding_window=4096), "mixtral": family(pattern="sliding", rope_theta=1e6),
     "starcoder2": SLIDING, "phi3": SLIDING, "phimoe": family(pattern="sliding", rope_theta=1e6),
-    "qwen2": QWEN, "qwen2_moe": QWEN, "qwen3": QWEN, "qwen3_moe": QWEN,
+    "qwen2": QWEN, "qwen2_moe": family(pattern="unsaid"), "qwen3": QWEN,
+    "qwen3_moe": family(pattern="sliding", use_sliding_window=False, sliding_window=4096),
     "qwen2_vl": QWEN, "qwen2_vl_text": QWEN, "qwen2_5_vl": QWEN, "qwen2_5_vl_text": QWEN,
     "qwen3_vl": LLAMA, "qwen3_vl_text": LLAMA, "qwen3_vl_moe": LLAMA, "qwen3_vl_moe_text": LLAMA,
     "qwen3_next": QWEN_NEXT, "qwen3_5_text": QWEN_NEXT, "qwen3_5_moe_text": QWEN_NEXT,
@@ -88,17 +102,18 @@ FAMILIES: Final[Mapping[str, Family]] = MappingProxyType({
                      query_pre_attn_scalar=256, attn_logit_softcapping=50.0),
     "gemma3": GEMMA3, "gemma3_text": GEMMA3, "gemma4": GEMMA4, "gemma4_text": GEMMA4,
     "gpt_oss": family(pattern="every", sinks=True, sliding_window_pattern=2, sliding_window=128, head_dim=64,
-                      rope_theta=150_000.0),
+                      rope_theta=150_000.0, rope_parameters=GPT_OSS_ROPE),
     "olmo3": family(pattern="every", sliding_window_pattern=4, sliding_window=4096, local_unscaled=True,
                     rope_theta=5e5),
-    "smollm3": family(nope="listed", no_rope_layer_interval=4, rope_theta=2e6),
-    "exaone4": family(pattern="every", nope="full", sliding_window_pattern=4),
+    "smollm3": family(pattern="still", nope="listed", no_rope_layer_interval=4, rope_theta=2e6,
+                      use_sliding_window=False),
+    "exaone4": family(pattern="every", nope="full", sliding_window_pattern=4, sliding_window=4096),
     "gpt_neox": family(rotary_pct=0.25), "phi": family(partial_rotary_factor=0.5),
     "stablelm": family(partial_rotary_factor=0.25), "persimmon": family(partial_rotary_factor=0.5),
     "nemotron": family(partial_rotary_factor=0.5), "glm4_moe": family(partial_rotary_factor=0.5),
     "modernbert": family(pattern="local", causal=False, global_attn_every_n_layers=3, local_attention=128,
                          global_rope_theta=160_000.0, local_rope_theta=1e4),
-    "nomic_bert": family(causal=False, rotary_emb_base=1_000),
+    "nomic_bert": family(causal=False, rope_theta=1_000.0),
     "gptj": family("interleaved"), "codegen": family("interleaved"),
     "cohere": family("interleaved", rope_theta=5e5),
     "cohere2": family("interleaved", pattern="every", nope="full", sliding_window_pattern=4, sliding_window=4096),

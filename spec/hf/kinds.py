@@ -10,14 +10,13 @@ from .fields import find, whole
 FULL: Final = "full_attention"
 SLIDING: Final = "sliding_attention"
 CHUNKED: Final = "chunked_attention"
+LINEAR: Final = "linear_attention"
 SPELLINGS: Final[Mapping[str, str]] = {
     FULL: FULL, "attention": FULL, "full": FULL, "global": FULL, "global_attention": FULL,
     SLIDING: SLIDING, "sliding": SLIDING, "local": SLIDING, "local_attention": SLIDING,
     CHUNKED: CHUNKED,
 }  # fmt: skip
-NO_ATTENTION: Final = frozenset(
-    {"linear_attention", "mamba", "mamba2", "conv", "recurrent", "hybrid_mamba", "moe", "mlp"}
-)
+NO_ATTENTION: Final = frozenset({LINEAR, "mamba", "mamba2", "conv", "recurrent", "hybrid_mamba", "moe", "mlp"})
 """Layers that keep no keys: left out."""
 
 
@@ -39,13 +38,13 @@ def layer_types(config: Mapping[str, Any], family: Family) -> list[str]:
 
 
 def partial(family: Family) -> str:
-    """Name the kind of layers of a family that see less than everything."""
-    return CHUNKED if family.pattern == "chunked" else SLIDING
+    """Name the kind of a family's layers that do not attend to everything."""
+    return {"chunked": CHUNKED, "linear": LINEAR}.get(family.pattern, SLIDING)
 
 
-def full_layers(config: Mapping[str, Any], family: Family, count: int) -> list[bool]:
+def full_layers(config: Mapping[str, Any], family: Family, count: int) -> list[bool]:  # noqa: C901, PLR0911 - one pattern a line
     """Which layers see everything, by the rule of the model type."""
-    slides = find(config, "sliding_window") is not None and config.get("use_sliding_window") is not False
+    slides = find(config, "sliding_window") is not None and find(config, "use_sliding_window") is not False
     match family.pattern:
         case "sliding":
             return [not slides] * count
@@ -53,18 +52,26 @@ def full_layers(config: Mapping[str, Any], family: Family, count: int) -> list[b
             full = every(config, count)
             return [here or not slides for here in full]
         case "upper":
-            on = slides and config.get("use_sliding_window") is True
             first = (
-                whole(config, "max_window_layers", "the first layer that slides")
-                if on and find(config, "max_window_layers") != 0
-                else 0
+                0
+                if find(config, "max_window_layers") == 0
+                else whole(config, "max_window_layers", "the first layer that slides")
             )
-            return [not on or layer < first for layer in range(count)]
+            return [not slides or layer < first for layer in range(count)]
+        case "linear":
+            n = whole(config, "full_attention_interval", "the distance between layers of full attention")
+            return [(layer + 1) % n == 0 for layer in range(count)]
         case "local":
             n = whole(config, "global_attn_every_n_layers", "the distance between layers of full attention")
             return [layer % n == 0 for layer in range(count)]
         case "chunked":
             return [not turns for turns in rotates(config, family, [FULL] * count)]
+        case "still":
+            return [turns or not slides for turns in rotates(config, family, [FULL] * count)]
+        case "unsaid":
+            if slides and find(config, "use_sliding_window"):
+                refuse("config key 'layer_types'", "given where a model of this type uses a sliding window", "none")
+            return [True] * count
         case "full":
             return [True] * count
 
