@@ -87,15 +87,15 @@ def absorb_queries(
         slope = tl.load(alibi + batch * alibi_b + head).to(tl.float32) * 1.4426950408889634
         stands = load_position(i, m, batch, position, rows, rows_size, sequences, ROWS, EACH)
         score = capped - slope * tl.abs(stands[None, :] - j[:, None]).to(tl.float32)
-    weight = tl.exp2(score - log_sum[None, :])
-    seen = weight == weight
+    seen = j[:, None] >= 0
     if CUT:
         first, last = load_interval(i, m, batch, low, high, stop, rows, rows_size, sequences, ROWS, EACH)
         base = first
         if KEEP:
             base = load_base(i, m, batch, rows, rows_size)
         seen = visible(first[None, :], last[None, :], base[None, :], keep, j[:, None], KEEP)
-        weight = tl.where(seen, weight, 0.0)
+        score = tl.where(seen, score, -float("inf"))
+    weight = tl.exp2(score - log_sum[None, :])
     gradient = load_tile(d_out, batch, head, start, m, e, o_b, o_h, o_m, M, E, WHOLE_E, CUT, DESCRIPTOR, FAR)
     dv = multiply(weight.to(gradient.dtype), gradient, dv, INTERPRET)
     d_score = weight * (product(value, tl.trans(gradient), N, M, INTERPRET) - flow[None, :])
@@ -202,16 +202,18 @@ def absorb_keys(
     score = capped
     if ALIBI:
         score = capped - slope * tl.abs(stands[:, None] - j[None, :]).to(tl.float32)
+    seen = visible(first[:, None], last[:, None], base[:, None], keep, j[None, :], KEEP)
+    if CUT:
+        score = tl.where(seen, score, -float("inf"))
     weight = tl.exp2(score - log_sum[:, None])
     d_score = weight * (product(gradient, tl.trans(value), M, N, INTERPRET) - flow[:, None])
     if SOFTCAP:
         d_score *= capped_slope(capped, outer)
-    if CUT:
-        seen = visible(first[:, None], last[:, None], base[:, None], keep, j[None, :], KEEP)
+    if CUT and DEAD:
+        # Keys and values that no query sees may hold NaN.
         d_score = tl.where(seen, d_score, 0.0)
-        if DEAD:
-            alive = tl.max(seen.to(tl.int32), 0) > 0
-            key = tl.where(alive[:, None], key, 0.0)
+        alive = tl.max(seen.to(tl.int32), 0) > 0
+        key = tl.where(alive[:, None], key, 0.0)
     return multiply(d_score.to(key.dtype), key, dq, INTERPRET)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..registry import Unsupported
 from .backward import backward
 from .forward import forward
-from .launch import Call
+from .launch import Call, quiet
 from .rope import unit
 from .rope_kernel import on
 
@@ -31,7 +31,7 @@ torch.library.define(
 
 def launch_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     """Run the forward kernel."""
-    with on(q.device):
+    with on(q.device), quiet():
         return forward(Call(*rest), q, k, v)
 
 
@@ -39,7 +39,7 @@ def launch_backward(
     d_out: Tensor, d_lse: Tensor | None, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Run the backward kernels. The gradient of the sinks is that of each sequence; empty where there are none."""
-    with on(q.device):
+    with on(q.device), quiet():
         return backward(Call(*rest), q, k, v, out, lse, d_out, d_lse)
 
 

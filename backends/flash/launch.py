@@ -1,6 +1,7 @@
 """From tensors to the arguments of a kernel: the choice, the descriptors, the strides and the flags."""
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Final, Literal
@@ -60,6 +61,15 @@ class Call:
     def lowered(self) -> Lowered:
         """The mask."""
         return Lowered(self.rows, self.sequences, *self.interval)
+
+
+def quiet() -> AbstractContextManager[Any]:
+    """Let interpreted kernels compute with infinities and NaN as a GPU does: without warnings."""
+    if not INTERPRETED:
+        return nullcontext()
+    import numpy as np  # noqa: PLC0415 - only the interpreter needs it
+
+    return np.errstate(all="ignore")
 
 
 def architecture(device: torch.device) -> str:
