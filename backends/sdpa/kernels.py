@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Final, NamedTuple
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -140,9 +141,11 @@ def efficient_backward(
     """Call the backward of memory-efficient attention, and add up the gradients of shared keys."""
     g, r = k.shape[1], q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(r, 1) for x in (k, v))
-    lse = pad(
-        lse.contiguous(), (0, -q.shape[2] % 32), value=torch.inf
-    )  # it reads whole blocks of rows; exp(-inf) is no weight
+    # In half precision it reads out as the forward lays it out, [b, m, h, d], whatever its strides say: any other layout
+    # gives wrong dq and dk without a word (torch 2.11 on sm_90).
+    out = rearrange(rearrange(out, "b h m d -> b m h d").contiguous(), "b m h d -> b h m d")
+    # It reads whole blocks of rows; exp(-inf) is no weight.
+    lse = pad(lse.contiguous(), (0, -q.shape[2] % 32), value=torch.inf)
     unused = torch.empty((), dtype=torch.int64, device=q.device)
     dq, dk, dv, _ = ATEN._scaled_dot_product_efficient_attention_backward(
         d_out, q, k, v, aligned(bias, q), out, lse, unused, unused, 0.0, [True, True, True, False], causal, scale=scale
