@@ -141,8 +141,8 @@ def efficient_backward(
     """Call the backward of memory-efficient attention, and add up the gradients of shared keys."""
     g, r = k.shape[1], q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(r, 1) for x in (k, v))
-    # In half precision it reads out as the forward lays it out, [b, m, h, d], whatever its strides say: any other layout
-    # gives wrong dq and dk without a word (torch 2.11 on sm_90).
+    # In half precision it reads out as the forward lays it out, [b, m, h, d], whatever its strides say: any other
+    # layout gives wrong dq and dk without a word (torch 2.11 on sm_90).
     out = rearrange(rearrange(out, "b h m d -> b m h d").contiguous(), "b m h d -> b h m d")
     # It reads whole blocks of rows; exp(-inf) is no weight.
     lse = pad(lse.contiguous(), (0, -q.shape[2] % 32), value=torch.inf)
