@@ -252,33 +252,6 @@ def test_an_unknown_model_type_is_read_once_its_pairing_is_said() -> None:
         hf.layers(config(), pairing="interleaved")
 
 
-REFUSED: Final[list[tuple[dict[str, Any], str]]] = [
-    (config(num_hidden_layers=None), "'num_hidden_layers', the number of layers, must be given"),
-    (config(num_hidden_layers=0), "'num_hidden_layers', the number of layers, must be a whole number of at least 1"),
-    (config(num_attention_heads=None, head_dim=16), "'num_attention_heads', the number of query heads, must be given"),
-    (config(num_attention_heads=2.5), "whole number"),
-    (config(num_key_value_heads=3), "'num_key_value_heads' must be a divisor of the 4 query heads, got 3"),
-    (config(layer_types=["full_attention"]), "layer_types must be a list of 12 names"),
-    (config(layer_types=12 * ["strided"]), "a name in layer_types must be one of .* got 'strided'"),
-    (config(layer_types=12 * ["mamba"]), "layer_types must be with attention in some layer"),
-    (config(layer_types=12 * ["sliding_attention"]), "'sliding_window', the keys that a query of a sliding layer sees"),
-    (config(model_type="smollm3", no_rope_layers=[1]), "no_rope_layers must be a list of 12 zeros and ones"),
-    (config(model_type="exaone4", sliding_window=8, sliding_window_pattern=""), "sliding_window_pattern"),
-    (config(attn_logit_softcapping="50"), "attn_logit_softcapping must be a finite number"),
-    (config(model_type=None), "model_type must be one of llama, .* got None"),
-    (
-        config(rope_parameters={"main": {"rope_theta": 1e4}, "compress": {"rope_theta": 2e4}}),
-        "rope_parameters of 'full_attention' layers must be given",
-    ),
-]
-
-
-@pytest.mark.parametrize(("keys", "message"), REFUSED)
-def test_a_config_without_a_meaning_is_refused_by_name(keys: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        hf.layers(keys)
-
-
 @pytest.mark.parametrize("model", [model for model in ENTRIES if "gemma-4" not in model])
 def test_every_published_config_has_layers_that_fit_its_rotations(model: str) -> None:
     keys = {"num_hidden_layers": 12} | ENTRIES[model]

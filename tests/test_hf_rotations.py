@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from longspan.spec import Rotation, hf, scaling
-from longspan.spec.hf import fields
 
 VECTORS: Final = json.loads((Path(__file__).parent / "vectors" / "rope.json").read_text("utf-8"))
 ENTRIES: Final = {entry["model"]: entry for entry in VECTORS["entries"]}
@@ -243,73 +242,6 @@ def test_mrope_interleaved_gives_planes_by_turns_and_time_the_rest() -> None:
     axis = rotation(config(model_type="qwen3_vl_text", rope_theta=5e6, rope_scaling=rope)).axis
     assert axis is not None
     assert axis.tolist() == [0, 1, 2, 0, 1, 2, 0, 0]
-
-
-def rope(**keys: Any) -> dict[str, Any]:
-    """Write a config with this rope mapping."""
-    return config(rope_scaling=keys)
-
-
-REFUSED: Final[list[tuple[dict[str, Any], str]]] = [
-    (rope(type="fourier", factor=2), "rope type must be one of .*longrope.* got 'fourier'"),
-    (rope(type="linear", rope_type="yarn", factor=2), "rope_type and type must be the same"),
-    (rope(type="linear"), "rope key 'factor', how many times longer the context becomes, must be given"),
-    (rope(type="linear", factor="2"), "rope key 'factor' must be a finite number, got '2'"),
-    (rope(type="linear", factor=0), "factor must be a finite number above 0"),
-    (rope(type="linear", factor=2, surprise=1), "key 'surprise' of rope type 'linear' must be one of"),
-    (rope(type="default", beta_fast=32), "key 'beta_fast' of rope type 'default'"),
-    (rope(type="yarn", factor=2), "'original_max_position_embeddings', the trained context length, must be given"),
-    (rope(**yarn(extrapolation_factor=0.5)), "extrapolation_factor"),
-    (rope(**yarn(llama_4_scaling_beta=0.1)), "a temperature that grows with the position is not supported"),
-    (rope(**yarn(attention_factor=1.0, attn_factor=1.0)), "attn_factor"),
-    (rope(type="default", use_fope=True), "FoPE"),
-    (rope(type="default", xdrope_section=[1, 2]), "XD-RoPE"),
-    (config(dual_chunk_attention_config={"chunk_size": 8}), "dual chunk attention"),
-    (config(rotary_emb_scale_base=512), "xPos"),
-    (rope(type="dynamic", factor=2, mixed_b=1), "mixed_b"),
-    (rope(type="llama3", factor=8, original_max_position_embeddings=64), "low_freq_factor"),
-    (rope(type="llama3", factor=8, original_max_position_embeddings=64.5), "a whole number"),
-    (rope(type="longrope", original_max_position_embeddings=64, long_factor=[1.0] * 8), "short_factor.*a list of 8"),
-    (
-        rope(type="longrope", original_max_position_embeddings=64, short_factor=[1.0] * 8, long_factor=["a"] * 8),
-        "long_factor' must be a finite number, got 'a'",
-    ),
-    (rope(mrope_section=[1, 2, 3]), "mrope_section' must be numbers that add up to the 8 planes"),
-    (rope(mrope_section=[4, 4], mrope_interleaved=True), "mrope_section' must be 3 numbers"),
-    (rope(mrope_section="tall"), "mrope_section' must be a list"),
-    (config(rope_scaling="linear"), "'rope_scaling' must be a mapping or null, got 'linear'"),
-    (config(rope_scaling={"type": "linear", "factor": 2}, rope_parameters={"type": "default"}), "two different"),
-    (config(rope_parameters={"full_attention": {"rope_theta": 1.0}, "factor": 2}), "one mapping or one per layer kind"),
-    (config(rope_scaling=yarn(), original_max_position_embeddings=512), "the same in the rope mapping and beside it"),
-    (config(partial_rotary_factor=1.5), "partial_rotary_factor must be above 0 and at most 1"),
-    (config(hidden_size=28), "must be even and at least 2, got 7"),
-    (config(hidden_size=30), "a multiple of the 4 heads"),
-    (config(hidden_size=None), "'hidden_size', the width that heads divide where there is no head_dim, must be given"),
-    (config(num_attention_heads=0), "'num_attention_heads', the number of query heads, must be a whole number"),
-    (config(rope_theta=True), "rope_theta must be a finite number"),
-    (config(model_type="unheard_of"), "'rope_theta', the base of RoPE, must be given"),
-    ({}, "must be given"),
-    (config(model_type="ernie4_5_vl_moe", rope_theta=1e4, rope_scaling={"mrope_section": [4, 2, 2]}), "Ernie"),
-]
-
-
-@pytest.mark.parametrize(("keys", "message"), REFUSED)
-def test_a_config_without_a_meaning_is_refused_by_name(keys: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        hf.rotations(keys, length=4096)
-
-
-@pytest.mark.parametrize("length", [0, -1])
-def test_a_context_of_no_tokens_is_refused(length: int) -> None:
-    with pytest.raises(ValueError, match="at least 1"):
-        hf.rotations(config(), length=length)
-
-
-@pytest.mark.parametrize("what", [[], "config.json", None, 3])
-def test_what_is_no_mapping_is_refused(what: object) -> None:
-    # Under test the shapes and types of every call are checked, so the check that users meet is called itself.
-    with pytest.raises(ValueError, match=r"a mapping, the contents of a config\.json"):
-        fields.language(what)
 
 
 def test_keys_that_are_not_about_rotation_are_left_alone() -> None:
