@@ -277,3 +277,21 @@ def test_a_bias_starts_its_rows_at_multiples_of_sixteen() -> None:
 def test_plans_of_no_rows_are_empty() -> None:
     nothing = torch.zeros(1, 0, dtype=torch.int64)
     assert tiles(Bounds(nothing, nothing, nothing, 0, nothing), (4, 8)) == []
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+def test_function_transforms_go_through() -> None:
+    draw = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(3, 2, 4, 9, 8, dtype=torch.float64, generator=draw) for _ in range(3))
+    sink = torch.randn(3, 4, dtype=torch.float64, generator=draw)
+
+    def loss(of: Any) -> Any:
+        def run(q: Tensor, k: Tensor, v: Tensor, sink: Tensor) -> Tensor:
+            state = of.attention(q, k, v, sink=sink, mask=masks.causal() & masks.window(4))
+            return state.out.square().sum() + state.lse.sin().sum()
+
+        return run
+
+    for transform in (torch.vmap, lambda f: torch.vmap(torch.func.grad(f, argnums=(0, 1, 2, 3)))):
+        found, truth = (transform(loss(of))(q, k, v, sink) for of in (sdpa, spec))
+        torch.testing.assert_close(found, truth, atol=1e-12, rtol=1e-12)

@@ -118,6 +118,18 @@ class TiledAttention(torch.autograd.Function):
             d_sink = -(share * delta).sum((0, 2)).to(sink.dtype)
         return *grads, d_sink, None, None
 
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+        """Call once per sample: a sample is a batch of its own already."""
+        samples = [
+            TiledAttention.apply(
+                *(x.select(dim, i) if isinstance(dim, int) else x for x, dim in zip(args, in_dims, strict=True))
+            )
+            for i in range(info.batch_size)
+        ]
+        out, lse = zip(*samples, strict=True)
+        return (torch.stack(out), torch.stack(lse)), (0, 0)
+
 
 def attend(q: Tensor, k: Tensor, v: Tensor, call: Call, scale: float, wide: torch.dtype) -> AttentionState:
     """Compute one part."""
