@@ -1,0 +1,1 @@
+"""The `longspan` command: one file per verb, each of which imports PyTorch only once it runs."""
