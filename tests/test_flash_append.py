@@ -1,4 +1,7 @@
+# pyright: basic, reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 """`flash.append_` against the specification: what is written, where, and what is left alone."""
+
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +27,7 @@ def lay(x: Tensor, layout: str) -> Tensor:
 
 
 @st.composite
-def problems(draw: st.DrawFn) -> tuple[tuple[Tensor, ...], dict[str, object]]:
+def problems(draw: st.DrawFn) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
     """Draw new tokens, caches, slots and a rotation or none."""
     tokens, g = draw(st.sampled_from([0, 1, 2, 15, 16, 17, 40]), label="tokens"), draw(st.integers(1, 3), label="g")
     planes, tail = draw(st.sampled_from([1, 4, 12, 32])), draw(st.sampled_from([0, 6, 8]))
@@ -42,7 +45,7 @@ def problems(draw: st.DrawFn) -> tuple[tuple[Tensor, ...], dict[str, object]]:
     slot = torch.randperm(rows * size, generator=source)[:tokens]
     slot[torch.rand(tokens, generator=source) < 0.2] = -1
     slot = slot.to(draw(st.sampled_from([torch.int32, torch.int64]), label="slots")).to(DEVICE)
-    options: dict[str, object] = {}
+    options: dict[str, Any] = {}
     if draw(st.booleans(), label="rotate"):
         each = draw(st.booleans(), label="a speed for each token")
         inv_freq = torch.rand([tokens, planes] if each else [planes], generator=source, dtype=torch.float64)
@@ -82,7 +85,7 @@ def test_slots_hold_the_new_tokens_and_all_else_what_it_held(problem: tuple) -> 
         assert torch.equal(cache.transpose(1, 2)[rest], was.transpose(1, 2)[rest])
 
 
-def call(**changes: object) -> tuple[dict[str, object], Rotation, Tensor]:
+def call(**changes: Any) -> tuple[dict[str, Any], Rotation, Tensor]:
     """Make a call: four tokens to a cache of two rows of three."""
     of = {
         "k": torch.randn(4, 2, 8, device=DEVICE),
@@ -144,6 +147,9 @@ def test_the_operator_tells_torch_the_truth_about_itself() -> None:
     torch.library.opcheck(torch.ops.longspan.flash_append_.default, (*of.values(), *rest))
 
 
+DOUBLE = torch.ones(2, 2, 3, 6, dtype=torch.float64, device=DEVICE)
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
@@ -151,7 +157,7 @@ def test_the_operator_tells_torch_the_truth_about_itself() -> None:
         ({"v_cache": torch.ones(2, 2, 3, 6, device=DEVICE, requires_grad=True)}, "no gradient"),
         ({"k_cache": torch.zeros(1, 2, 3, 8, device=DEVICE).expand(2, -1, -1, -1)}, "expanded"),
         ({"v": torch.ones(4, 6, 2, device=DEVICE).transpose(1, 2)}, "last stride"),
-        ({"k": torch.ones(4, 2, 8, device=DEVICE).double(), "k_cache": torch.zeros(2, 2, 3, 8, device=DEVICE).double()}, "float64"),
+        ({"v": torch.ones(4, 2, 6, device=DEVICE).double(), "v_cache": DOUBLE}, "float64"),
     ],
     ids=["a gradient of k", "a gradient of a cache", "an expanded cache", "strided values", "float64"],
 )  # fmt: skip

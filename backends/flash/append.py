@@ -1,4 +1,4 @@
-# pyright: basic, reportArgumentType=false
+# pyright: basic, reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 """Appending to a cache in one launch: new keys are rotated, and keys and values written to their slots.
 
 A slot is ``row · size + column`` of a dense cache ``[b, g, n, d]`` or of a pool of pages ``[pages, g, page, d]``
@@ -11,12 +11,14 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from longspan.spec import Rotation
 from longspan.spec.checks import check_append, check_rotate
 from longspan.spec.pairing import Pairing
-from torch import Tensor
 
-from .rope import PLAIN, arguments, check_rows, declines_heads, declines_in_place, declines_rotation, serve
+from .rope import arguments, check_rows, declines_heads, declines_in_place, declines_rotation, serve
+from .rope_function import PLAIN
 from .rope_kernel import choose_rope, copy_heads, load_planes, on, power_of_two, rotation_of, strides_of, turn_heads
 
 
@@ -50,8 +52,9 @@ def append_kernel(
         )  # fmt: skip
     if 2 * PLANES < D:
         copy_heads(
-            k, k_cache, source, target, live, heads, k_h, k_head, first, step, 2 * PLANES, D - 2 * PLANES, BLOCK_H, BLOCK_D
-        )
+            k, k_cache, source, target, live, heads, k_h, k_head, first, step,
+            2 * PLANES, D - 2 * PLANES, BLOCK_H, BLOCK_D,
+        )  # fmt: skip
     copy_heads(
         v, v_cache, token * v_t, row * v_row + column * v_column, live, heads, v_h, v_head, first, step,
         0, E, BLOCK_H, BLOCK_E,
@@ -81,7 +84,7 @@ def append_(
     serve(declines_append_(k, v, k_cache, v_cache, slot, position=position, rotation=rotation, pairing=pairing))
     turning: tuple[Any, ...] = (None, None, None, None, 1.0)
     if rotation is not None and position is not None:
-        turning = arguments(k, position.unsqueeze(-1), rotation)
+        turning = arguments(position.unsqueeze(-1), rotation)
     rest = (k, v, k_cache, v_cache, slot, *turning, pairing == "interleaved")
     if torch.compiler.is_compiling() or type(k) not in PLAIN:
         torch.ops.longspan.flash_append_(*rest)

@@ -1,4 +1,4 @@
-# pyright: basic, reportArgumentType=false
+# pyright: basic, reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 """The merge of attention over disjoint keys, any number of parts in one launch (Milakov & Gimelshein 2018, §3).
 
 Each part is read once, where it lies, and the whole written once; the specification's formula in separate torch
@@ -13,12 +13,14 @@ from typing import Any, Final
 import torch
 import triton
 import triton.language as tl
-from longspan.spec import AttentionState
-from longspan.spec.checks import refuse, same_device
-from longspan.spec.state import log_sum_exp, weights
 from torch import Tensor
 
-from .rope import PLAIN, declines_heads, fold, serve, watched
+from longspan.spec import AttentionState
+from longspan.spec.checks import refuse, same_device
+from longspan.spec.state import weights
+
+from .rope import declines_heads, serve
+from .rope_function import PLAIN, fold, watched
 from .rope_kernel import on, power_of_two
 
 AT_ONCE: Final = 16  # parts of one launch; a kernel is compiled for each number of them
@@ -131,12 +133,14 @@ def whole(states: tuple[AttentionState, ...], sink: Tensor | None, dtype: torch.
 def formula(states: tuple[AttentionState, ...], sink: Tensor | None) -> tuple[Tensor, Tensor]:
     """Merge by torch operations in float32: what a compiled graph records, for its compiler to fuse."""
     scores = [state.lse for state in states]
-    means: list[Tensor | float] = [state.out.float() for state in states]
-    if sink is not None:
+    if sink is not None:  # its value is 0: it has a share, and adds nothing
         scores.append(sink.float().unsqueeze(-1).expand_as(scores[0]))
-        means.append(0.0)
-    lse = log_sum_exp(torch.stack(scores, dim=-1))
-    parts = [weights(score.unsqueeze(-1), lse) * mean for score, mean in zip(scores, means, strict=True)]
+    score = torch.stack(scores, dim=-1)
+    empty = (score == -torch.inf).all(-1, keepdim=True)
+    score = score.masked_fill(empty, 0.0)  # a row of -inf alone would have the gradient NaN
+    share = score.softmax(-1).masked_fill(empty, 0.0).unsqueeze(-2).unbind(-1)
+    parts = [weight * state.out.float() for weight, state in zip(share, states, strict=False)]
+    lse = score.logsumexp(-1).masked_fill(empty.squeeze(-1), -torch.inf)
     return sum(parts[1:], start=parts[0]), lse
 
 
@@ -207,4 +211,3 @@ def launch(
             N=len(outs), E=e, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=4,
         )  # fmt: skip
     return out, lse
-

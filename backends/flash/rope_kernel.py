@@ -1,5 +1,5 @@
-# pyright: basic, reportArgumentType=false
-"""The rotation of rotary embedding in Triton (Su et al. 2021, arXiv:2104.09864, §3.2.2), with exact angles and no table.
+# pyright: basic, reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+"""The rotation of rotary embedding in Triton (Su et al. 2021, arXiv:2104.09864, §3.2.2): exact angles, no table.
 
 A program owns BLOCK_M tokens: it makes their cosines and sines once and turns all their heads by them.
 Angles are 64-bit integers, a full turn being 2^64 (`longspan.spec.turns`), so a position has no rounding at all.
@@ -18,7 +18,10 @@ from torch import Tensor
 
 @triton.jit
 def turns_of(inv_freq):
-    """Return turns per token in units of 2^-64: `longspan.spec.turns` step by step, hence bit for bit (below 2^51 turns)."""
+    """Return turns per token in units of 2^-64: `longspan.spec.turns` step by step, hence bit for bit.
+
+    As long as a token is less than 2^51 turns.
+    """
     fraction = inv_freq / 6.283185307179586
     # Adding 1.5 · 2^52 leaves no bit behind the point: round to nearest even, as torch does.
     fraction = fraction - ((fraction + 6755399441055744.0) - 6755399441055744.0)
@@ -39,7 +42,8 @@ def cosine_sine(position, turns, INVERSE: tl.constexpr):
     t = ((high << 2) >> 2).to(tl.float32) * 9.313225746154785e-10  # 2^-30: the low 30 bits, signed, of a quarter
     u = t * t
     s = t * (((u * -0.004592289216816425 + 0.07967590540647507) * u - 0.6459629535675049) * u + 1.570796251296997)
-    c = 1.0 + u * (((u * 0.0009040216682478786 - 0.02086028829216957) * u + 0.25366923213005066) * u - 1.2337005138397217)
+    c = ((u * 0.0009040216682478786 - 0.02086028829216957) * u + 0.25366923213005066) * u - 1.2337005138397217
+    c = 1.0 + u * c
     odd = (quarter & 1) != 0
     sin, cos = tl.where(odd, c, s), tl.where(odd, s, c)
     sin = tl.where((quarter & 2) != 0, -sin, sin)
@@ -81,7 +85,8 @@ def rotation_of(
 @triton.jit
 def load_planes(
     x, row, live, heads, stride, start,
-    PLANES: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr,
+    PLANES: tl.constexpr, INTERLEAVED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """Read the planes [H, M, P] of the heads from ``start`` on, as (real parts, imaginary parts)."""
     head = start + tl.arange(0, BLOCK_H)
@@ -105,7 +110,8 @@ def load_planes(
 @triton.jit
 def store_planes(
     out, row, live, heads, stride, start, real, imag,
-    PLANES: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr,
+    PLANES: tl.constexpr, INTERLEAVED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """Write planes where `load_planes` reads them."""
     head = start + tl.arange(0, BLOCK_H)
@@ -128,7 +134,8 @@ def store_planes(
 @triton.jit
 def turn_heads(
     x, out, row, out_row, live, heads, stride, out_stride, first, step, real, imag, cos, sin,
-    PLANES: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr,
+    PLANES: tl.constexpr, INTERLEAVED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """Turn the heads ``first, first + step, …`` of a block of tokens, of which the first were read already.
 
@@ -211,7 +218,14 @@ def rotate_kernel(
 
 
 class RopeChoice(NamedTuple):
-    """Launch parameters of the rotation: a tile is ``tokens × heads`` rows; ``split`` programs share a token's heads."""
+    """Launch parameters of the rotation.
+
+    Attributes:
+        tokens: Tokens of a program.
+        heads: Heads of a tile; a program walks over all of them, tile by tile.
+        split: Programs that share a token's heads out.
+        num_warps: Warps of a program.
+    """
 
     tokens: int
     heads: int
@@ -220,7 +234,7 @@ class RopeChoice(NamedTuple):
 
 
 def choose_rope(tokens: int, heads: int, planes: int, itemsize: int, *, heads_inside: bool) -> RopeChoice:
-    """Pick launch parameters, by what was fastest on an H200 at head dimension 128; they move bytes, and little else counts.
+    """Pick launch parameters: what was fastest on an H200 at head dimension 128. They move bytes; little else counts.
 
     A lane has two 16-byte loads of each half of a head on their way: one starves the memory pipe, four the registers.
     A tile runs along memory: over heads where they lie inside a token, else over tokens. Where tokens are too few to
@@ -238,7 +252,8 @@ def choose_rope(tokens: int, heads: int, planes: int, itemsize: int, *, heads_in
 
 
 FILLED: Final = 1024  # programs that keep a large GPU busy
-INTERPRETED: Final = not isinstance(rotate_kernel, triton.runtime.JITFunction)  # TRITON_INTERPRET=1, when it was defined
+# TRITON_INTERPRET=1 counts when kernels are defined, so that they, and no variable, say whether it did.
+INTERPRETED: Final = not isinstance(rotate_kernel, triton.runtime.JITFunction)
 
 
 def power_of_two(n: int) -> int:
