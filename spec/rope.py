@@ -25,7 +25,8 @@ class Rotation:
     Attributes:
         inv_freq: Radians per token, float64. Leading ``rows`` broadcast over the batch, so that
             sequences of one batch can turn at different speeds (LongRoPE switches by length).
-        attention_factor: Multiplies cosine and sine, hence a logit by its square (the √(1/t) of YaRN, arXiv:2309.00071, §3.4).
+        attention_factor: Multiplies cosine and sine, hence a logit by its square (YaRN's √(1/t), arXiv:2309.00071,
+            §3.4).
         softmax_factor: Multiplies the softmax scale instead (DeepSeek's mscale_all_dim); pass
             ``scale = rotation.softmax_factor / math.sqrt(d)`` to `attention`.
         axis: Which of the position axes drives each plane (M-RoPE, arXiv:2409.12191, §2.1); None is axis 0 for all.

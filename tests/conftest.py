@@ -9,6 +9,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+# Without a GPU, Triton's kernels are interpreted: the same source, on this CPU. It must be said before triton is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # jaxtyping rewrites functions as they are imported: later would be too late, and nothing would be checked.
 if any(name.startswith("longspan.spec") for name in sys.modules):
     msg = "longspan.spec was imported before tests/conftest.py could instrument it"

@@ -184,7 +184,7 @@ def gradient_bounds(of: Forward, d_out: Tensor, d_lse: Tensor, sink: Tensor | No
     dk_off = root(one, d_score_off, of.q, to_k) + root(delta_off, p_slope, of.q, to_k) + of.eps * dk.abs()
     dv = einsum(of.p, d_out, to_k)
     dv_off = root(of.u, of.p, d_out, to_k) + of.eps * dv.abs()
-    unit = of.shown * of.slope.abs().max() if of.slope.numel() else of.shown
+    unit = of.shown * max(1.0, float(of.slope.abs().max())) if of.slope.numel() else of.shown  # scaled late or early
     result = {
         "dq": Bound(flat(dq), 2 * flat(dq_off + of.tiny * (1 + root(one, unit, of.k, to_q)))),
         "dk": Bound(dk, 2 * (dk_off + of.tiny * (1 + root(one, unit, of.q, to_k)))),
@@ -237,5 +237,5 @@ def rotate_bound(truth: Tensor, x: Tensor, position: Tensor, rotation: Rotation,
     length = factor * (x.double() ** 2 + partner.double() ** 2).sqrt()
     still = partner.isnan()  # a coordinate of the tail is copied, bit for bit
     length = length.masked_fill(still, 0.0)
-    budget = (eps * truth.abs()).masked_fill(still, 0.0) + (off + fine) * length
+    budget = (eps * truth.abs() + smallest(x.dtype)).masked_fill(still, 0.0) + (off + fine) * length
     return Bound(truth, 2 * budget)
