@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-# Without a GPU, Triton's kernels are interpreted: the same source, on this CPU. It must be said before triton is imported.
+# Without a GPU, Triton interprets the same kernels on this CPU. It must be told before it is imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
