@@ -1,6 +1,6 @@
 """Error of a backend against the specification in float64, on sampled query rows at the full length.
 
-A row of attention costs O(n), so that a few of them can be checked exactly at any length. The budget is that of the laws.
+A row of attention costs O(n), so that a few of them can be checked exactly at any length. The budget is the laws'.
 """
 
 from collections.abc import Callable
@@ -39,9 +39,12 @@ def check(backend: Backend, plan: Plan, length: int, run: Run | None) -> dict[st
     rows = sample(length).to(plan.device)
     with torch.no_grad():
         q, k, turned_q, turned_k, v, state = chosen(backend, plan, length, rows, run)
+        # The last query on its own is what a decoder asks: it stands at the end of the keys, unsaid.
+        alone = backend.attention(turned_q[:, :, -1:], turned_k, v, **plan.options())
         ends = {
             "rotation": lambda: rotation_error(plan, rows, [(q, turned_q), (k, turned_k[:, :, rows])]),
             "attention": lambda: attention_error(plan, rows, turned_q, turned_k, v, state),
+            "decode": lambda: attention_error(plan, rows[-1:], turned_q[:, :, -1:], turned_k, v, alone),
         }
         found = {name: judged(end) for name, end in ends.items()}
     problems = [problem for _, problem in found.values() if problem is not None]
@@ -51,6 +54,7 @@ def check(backend: Backend, plan: Plan, length: int, run: Run | None) -> dict[st
         "worst_fraction_of_budget": None if problems else max(fractions),
         "rotation": found["rotation"][0],
         "attention": found["attention"][0],
+        "decode": found["decode"][0],
         "length": length,
         "rows": rows.tolist(),
         "key_heads": len(heads(plan, length)),
@@ -104,7 +108,7 @@ def attention_error(plan: Plan, rows: Tensor, q: Tensor, k: Tensor, v: Tensor, s
     """Compare sampled rows of out and lse with the truth, one key head after the other."""
     length, share = k.shape[2], plan.layer.heads // plan.layer.groups
     seen = bounds(plan.mask, 1, length, length, device=plan.device)
-    options = plan.options() | {"mask": masks.spans(seen.first[0, rows], seen.last[0, rows])}
+    options: dict[str, Any] = plan.options() | {"mask": masks.spans(seen.first[0, rows], seen.last[0, rows])}
     error = 0.0
     for head in heads(plan, length):
         mine = slice(head * share, (head + 1) * share)

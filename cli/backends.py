@@ -13,6 +13,7 @@ from longspan.spec import AttentionState, masks, scaling
 from .machine import describe, find_device, said
 from .page import console, print_json
 
+
 def backends(device: str | None, *, as_json: bool) -> int:
     """Print the report; exit code 0."""
     report = examine(find_device(device))
@@ -22,7 +23,9 @@ def backends(device: str | None, *, as_json: bool) -> int:
     page = console()
     page.print(said(report["machine"]))
     page.print("Fastest first: the order in which `auto` asks. A named backend never hands a problem to another.")
-    page.print("Asked about one plain call of each operation: bfloat16, 4 query heads on 2 key heads of dim 64, causal.")
+    page.print(
+        "Asked about one plain call of each operation: bfloat16, 4 query heads on 2 key heads of dim 64, causal."
+    )
     table = Table("backend", "runs here", "serves", "declines")
     for name, found in report["backends"].items():
         table.add_row(name, *row(found))
@@ -83,4 +86,3 @@ def representative(device: torch.device) -> dict[str, tuple[tuple[Any, ...], dic
         "merge": ((state, state), {}),
         "add_sink": ((state, torch.zeros(4, device=device)), {}),
     }
-

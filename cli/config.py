@@ -53,7 +53,12 @@ class Plan:
     def options(self) -> dict[str, Any]:
         """Keyword arguments of attention; sinks are drawn, since configurations do not carry weights."""
         softmax = 1.0 if self.rotation is None else self.rotation.softmax_factor
-        return {"mask": self.mask, "scale": self.layer.scale * softmax, "softcap": self.layer.softcap, "sink": self.sink()}
+        return {
+            "mask": self.mask,
+            "scale": self.layer.scale * softmax,
+            "softcap": self.layer.softcap,
+            "sink": self.sink(),
+        }
 
     def sink(self) -> Tensor | None:
         """One logit per head, where the layer has sinks."""

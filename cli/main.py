@@ -1,6 +1,7 @@
 """The command line: what each verb takes, and how bad input is answered."""
 
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -91,9 +92,19 @@ def run(arguments: list[str]) -> int:
         return complain(str(refusal))
     except Exception as error:
         # Typer carries its own copy of Click in some releases and imports it in others: there is no one class to name.
-        if not hasattr(error, "format_message"):
+        message = getattr(error, "format_message", None)
+        if message is None:
             raise
-        return complain(f"{error.format_message()} (longspan {first} --help lists what it takes)")  # type: ignore[attr-defined]
+        return complain(f"{message()}{got(error, arguments)} (longspan {first} --help lists what it takes)")
+
+
+def got(error: Exception, arguments: list[str]) -> str:
+    """Find the value that an error is about: the one after the option that it names."""
+    names = getattr(getattr(error, "param", None), "opts", [])
+    for name, value in pairwise(arguments):
+        if name in names:
+            return f", got {value!r}"
+    return ""
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """Time and peak memory of one layer's rotation and attention, for prefill and for decode.
 
-Lengths double up to the context. A length that would take longer than there is time, or more memory than there is, is not
-run: what it takes is then extrapolated from the longest that was, and marked so.
+Lengths double up to the context. A length that would take longer than there is time, or more memory than there is,
+is not run: what it takes is then extrapolated from the longest that was, and marked so.
 """
 
 import statistics
@@ -91,7 +91,11 @@ def lengths(context: int) -> list[int]:
 def draw(plan: Plan, queries: int, keys: int) -> tuple[Tensor, Tensor, Tensor]:
     """Draw queries, keys and values of a layer; weights are not at hand, and time does not depend on them."""
     layer, source = plan.layer, torch.Generator(plan.device).manual_seed(0)
-    shapes = ((layer.heads, queries, layer.head_dim), (layer.groups, keys, layer.head_dim), (layer.groups, keys, layer.value_dim))
+    shapes = (
+        (layer.heads, queries, layer.head_dim),
+        (layer.groups, keys, layer.head_dim),
+        (layer.groups, keys, layer.value_dim),
+    )
     q, k, v = (torch.randn(1, *shape, generator=source, dtype=plan.dtype, device=plan.device) for shape in shapes)
     return q, k, v
 
@@ -163,6 +167,8 @@ def grow(
             break
         try:
             with torch.no_grad():
+                if not curve.points:  # threads start, kernels load: not what is to be measured
+                    one(length)
                 curve.points.append(one(length))
         except (torch.OutOfMemoryError, MemoryError):
             curve.stopped = f"{length} tokens ran out of memory"

@@ -10,7 +10,7 @@ from rich.console import Console
 WIDE = 120  # columns where there is no terminal to ask
 
 
-class Refused(ValueError):
+class Refused(ValueError):  # noqa: N818 - a fact about the input, and no error of ours
     """Bad input, already said in one clear sentence."""
 
 
@@ -53,7 +53,9 @@ def duration(seconds: float | None) -> str:
         return "–"
     if seconds >= 99.5:
         return f"{seconds / 60:.3g} min"
-    scaled, unit = (seconds, "s") if seconds >= 1 else (seconds * 1e3, "ms") if seconds >= 1e-3 else (seconds * 1e6, "µs")
+    scaled, unit = (
+        (seconds, "s") if seconds >= 1 else (seconds * 1e3, "ms") if seconds >= 1e-3 else (seconds * 1e6, "µs")
+    )
     return f"{scaled:.3g} {unit}"
 
 

@@ -25,9 +25,7 @@ def show(page: Console, report: dict[str, Any]) -> None:
         rotation_lines(page, " and ".join(kinds), layer, report)
     page.print(f"\nCost at {report['context']} tokens", markup=False)
     page.print(cost_table(report))
-    page.print(
-        f"Peak: inputs, results and all between, of one layer, by {report['memory_measured_by']}.", markup=False
-    )
+    page.print(f"Peak: inputs, results and all between, of one layer, by {report['memory_measured_by']}.", markup=False)
     page.print("Time and memory are of rotation and attention alone: no projections, no MLPs, batch 1.", markup=False)
     model = report["model"]
     saved = model["cache_bytes_windowed"]
@@ -35,14 +33,18 @@ def show(page: Console, report: dict[str, Any]) -> None:
     page.print(f"Cache of all layers at {report['context']} tokens: {size(model['cache_bytes'])}{kept}.", markup=False)
     for note in report["notes"]:
         page.print(f"Note: {note}.", markup=False, soft_wrap=True)
-    page.print(f"\n{report['verdict']}", markup=False, soft_wrap=True, style="bold green" if report["ok"] else "bold red")
+    page.print(
+        f"\n{report['verdict']}", markup=False, soft_wrap=True, style="bold green" if report["ok"] else "bold red"
+    )
 
 
 def layer_table(layers: dict[str, Any]) -> Table:
     """Lay out what the layers are, who serves them, and how exactly."""
     table = Table("layers", "heads", "dims", "sees", "served by", "error / budget")
     for kind, layer in layers.items():
-        dims = f"{layer['head_dim']}" + ("" if layer["value_dim"] == layer["head_dim"] else f", values {layer['value_dim']}")
+        dims = f"{layer['head_dim']}" + (
+            "" if layer["value_dim"] == layer["head_dim"] else f", values {layer['value_dim']}"
+        )
         dims += "" if layer["rotary_dim"] in {0, layer["head_dim"]} else f", {layer['rotary_dim']} turn"
         table.add_row(
             f"{layer['count']} × {kind}", f"{layer['heads']} on {layer['key_heads']}", dims, sight(layer),
@@ -129,7 +131,9 @@ def cost_table(report: dict[str, Any]) -> Table:
     times = [duration(model[f"{phase}_seconds"]) for phase in ("prefill", "decode")]
     marks = ["≈ " if phase in model["extrapolated"] else "" for phase in ("prefill", "decode")]
     count = sum(layer["count"] for layer in report["layers"].values())
-    table.add_row(f"all {count} layers", marks[0] + times[0], size(model["layer_peak_bytes"]), marks[1] + times[1], "")
+    table.add_row(
+        f"all {count} layers", marks[0] + times[0], marks[0] + size(model["layer_peak_bytes"]), marks[1] + times[1], ""
+    )
     return table
 
 

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import torch
 from hypothesis import HealthCheck, Phase, Verbosity, given, settings
@@ -62,44 +62,56 @@ def search(tally: Tally, backend: Backend, device: torch.device, seed: int, unti
     A counterexample is shrunk and kept in the tally. The seed of a slice depends on the run's seed, the law and the
     number of the slice alone, so that a run with the same seed meets the same problems in the same order.
     """
-    law, giving_up = tally.law, until
+    giving_up = until
 
     def examine(problem: Any) -> None:  # noqa: ANN401 - every operation has its own problems
         nonlocal giving_up
         if tally.tried and time.monotonic() > giving_up:
             raise TimeIsUpError
+        known = tally.broken
         try:
-            error = law.check(backend, problem, device)
-        except Unsupported as refusal:
-            if not tally.broken:
-                tally.tried, tally.declined = tally.tried + 1, tally.declined + 1
-                tally.reasons.add(refusal.reason)
-            return
-        except (KeyboardInterrupt, MemoryError):
-            raise
-        except Exception as failure:
-            if not tally.broken:
-                tally.tried += 1
+            score(tally, backend, device, problem)
+        finally:
+            if tally.broken and not known:
                 giving_up = time.monotonic() + SHRINK
-            tally.counterexample, tally.message = problem, told(failure)
-            raise
-        if not tally.broken:
-            tally.tried, tally.worst = tally.tried + 1, max(tally.worst, error)
 
     draw = settings(
-        max_examples=SLICES[min(tally.slices, len(SLICES) - 1)], deadline=None, database=None, phases=[Phase.generate, Phase.shrink], derandomize=False,
-        suppress_health_check=list(HealthCheck), verbosity=Verbosity.quiet, report_multiple_bugs=False,
-    )  # fmt: skip
-    start = f"{seed}/{law.name}/{tally.slices}"  # Hypothesis takes any hashable, and hashes text alike in every process
+        max_examples=SLICES[min(tally.slices, len(SLICES) - 1)],
+        deadline=None,
+        database=None,
+        phases=[Phase.generate, Phase.shrink],
+        derandomize=False,
+        suppress_health_check=cast("list[HealthCheck]", list(HealthCheck)),
+        verbosity=Verbosity.quiet,
+        report_multiple_bugs=False,
+    )
+    start = f"{seed}/{tally.law.name}/{tally.slices}"  # hashed alike in every process, being text
     tally.slices += 1
     try:
-        seeded(start)(draw(given(law.problems)(examine)))()
+        seeded(start)(draw(given(tally.law.problems)(examine)))()
     except TimeIsUpError:
         pass
     except Exception:
         if not tally.broken:  # not the law's failure but the search's own
             raise
         tally.shrunk = True
+
+
+def score(tally: Tally, backend: Backend, device: torch.device, problem: Any) -> None:  # noqa: ANN401
+    """Check a law on one problem, and enter the outcome; once the law is broken, only smaller counterexamples count."""
+    known, declined, error = tally.broken, False, 0.0
+    try:
+        error = tally.law.check(backend, problem, device)
+    except Unsupported as refusal:
+        declined = True
+        tally.reasons.add(refusal.reason)
+    except Exception as failure:
+        tally.counterexample, tally.message = problem, told(failure)
+        raise
+    finally:
+        if not known:
+            tally.tried, tally.declined = tally.tried + 1, tally.declined + declined
+            tally.worst = max(tally.worst, error)
 
 
 def told(failure: Exception) -> str:

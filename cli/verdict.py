@@ -24,8 +24,8 @@ def total(layers: dict[str, Any]) -> dict[str, Any]:
     for phase in ("prefill", "decode"):
         each = [None if layer[phase] is None else layer[phase]["seconds"] for layer in layers.values()]
         counts = [layer["count"] for layer in layers.values()]
-        times[f"{phase}_seconds"] = None if None in each else sum(
-            count * seconds for count, seconds in zip(counts, each, strict=True)
+        times[f"{phase}_seconds"] = (
+            None if None in each else sum(count * seconds for count, seconds in zip(counts, each, strict=True))
         )
     peaks = [layer["prefill"]["peak_bytes"] for layer in layers.values() if layer["prefill"] is not None]
     return {
@@ -52,8 +52,8 @@ def notes(facts: dict[str, Any]) -> list[str]:
         rotation = layer["rotation"]
         if rotation is not None and rotation["unseen_planes"]:
             said.append(
-                f"{kind}: {rotation['unseen_planes']} low planes turn {rotation['unseen_reach']:.3g} times further than "
-                f"{layer['trained_context']} tokens turned them in training: only training at length makes that safe"
+                f"{kind}: {rotation['unseen_planes']} low planes turn up to {rotation['unseen_reach']:.3g} times "
+                f"further than in the {layer['trained_context']} trained, safe only after training at length"
             )
         if layer["omits"]:
             said.append(f"{kind}: the config's {', '.join(layer['omits'])} is not part of what was measured")
@@ -61,8 +61,8 @@ def notes(facts: dict[str, Any]) -> list[str]:
             curve = layer[phase]
             if guessed(curve):
                 said.append(
-                    f"{kind}: {phase} was measured up to {curve['measured_at']} tokens and is extrapolated from there by "
-                    f"{curve['growth']}, because {curve['stopped']}"
+                    f"{kind}: {phase} was measured up to {curve['measured_at']} tokens and is extrapolated from there "
+                    f"by {curve['growth']}, because {curve['stopped']}"
                 )
             elif curve is not None and not curve["points"]:
                 said.append(f"{kind}: {phase} was not measured, because {curve['stopped']}")
@@ -70,7 +70,9 @@ def notes(facts: dict[str, Any]) -> list[str]:
         if checked is not None and checked["length"] < context:
             said.append(f"{kind}: the error is that at {checked['length']} tokens, the longest that fits")
         if checked is not None and not checked["of_prefill"] and checked["length"] == context:
-            said.append(f"{kind}: the sampled queries attended one at a time to all {context} keys, not within a prefill")
+            said.append(
+                f"{kind}: the sampled queries attended one at a time to all {context} keys, not within a prefill"
+            )
     return said
 
 
@@ -86,10 +88,10 @@ def verdict(facts: dict[str, Any], model: dict[str, Any]) -> str:
             return f"OUTSIDE THE BUDGET: {kind} at {context} tokens: {layer['accuracy']['problem']}"
     worst = max(layer["accuracy"]["worst_fraction_of_budget"] for layer in layers.values())
     about = {phase: "about " if phase in model["extrapolated"] else "" for phase in ("prefill", "decode")}
+    times = {phase: about[phase] + duration(model[f"{phase}_seconds"]) for phase in about}
     beyond = facts["target_context"] is not None and context > facts["target_context"]
     return (
         f"{'BEYOND ITS CONTEXT, INSIDE' if beyond else 'INSIDE'} THE BUDGET at {context} tokens: error at most "
-        f"{percent(worst)} of it; rotation and attention of all layers take {about['prefill']}{duration(model['prefill_seconds'])} "
-        f"for prefill and {about['decode']}{duration(model['decode_seconds'])} a decoded token; "
-        f"cache {size(model['cache_bytes'])}"
+        f"{percent(worst)} of it; rotation and attention of all layers take {times['prefill']} "
+        f"for prefill and {times['decode']} a decoded token; cache {size(model['cache_bytes'])}"
     )

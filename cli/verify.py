@@ -138,9 +138,7 @@ def table(tallies: list[Tally]) -> Table:
     for tally in tallies:
         state = "BROKEN" if tally.broken else percent(tally.worst) if tally.tried > tally.declined else "–"
         style = "bold red" if tally.broken else None
-        shown.add_row(
-            tally.law.operation, tally.law.name, str(tally.tried), str(tally.declined), state, style=style
-        )
+        shown.add_row(tally.law.operation, tally.law.name, str(tally.tried), str(tally.declined), state, style=style)
     return shown
 
 
@@ -179,9 +177,7 @@ def paste(tally: Tally, source: str, device: torch.device) -> str:
     )
 
 
-def report(
-    tallies: list[Tally], case: str | None, subject: str, seed: int, device: torch.device
-) -> dict[str, Any]:
+def report(tallies: list[Tally], case: str | None, subject: str, seed: int, device: torch.device) -> dict[str, Any]:
     """Write the score for machines."""
     laws = {
         tally.law.name: {
