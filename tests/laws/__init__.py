@@ -2,6 +2,10 @@
 
 from .budget import Bound, attention_bounds, rotate_bound, worst
 from .problems import Attention, Inputs, Rotate
-from .table import LAWS, Law
+from .strategies import SMALL
+from .table import LAWS, Law, laws
 
-__all__ = ["LAWS", "Attention", "Bound", "Inputs", "Law", "Rotate", "attention_bounds", "rotate_bound", "worst"]
+__all__ = [
+    "LAWS", "SMALL", "Attention", "Bound", "Inputs", "Law", "Rotate",
+    "attention_bounds", "laws", "rotate_bound", "worst",
+]  # fmt: skip

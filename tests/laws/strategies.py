@@ -92,14 +92,15 @@ def span_sources(draw: st.DrawFn, b: int, m: int, n: int) -> str:
 
 @st.composite
 def attentions(draw: st.DrawFn, **fixed: Any) -> Attention:
-    """Draw an attention problem; keyword arguments fix fields."""
+    """Draw an attention problem; keyword arguments fix fields, or say what to draw them from."""
 
     def choose(name: str, strategy: st.SearchStrategy[Any]) -> Any:
-        return fixed[name] if name in fixed else draw(strategy, label=name)
+        chosen = fixed.get(name, strategy)
+        return draw(chosen, label=name) if isinstance(chosen, st.SearchStrategy) else chosen
 
     b, g, m = choose("b", st.integers(1, 3)), choose("g", st.integers(1, 2)), choose("m", LENGTHS)
     n = choose("n", st.one_of(LENGTHS, st.just(m)))
-    h = g * draw(st.sampled_from([1, 1, 2, 3, 4]), label="queries per key head")
+    h = g * choose("r", st.sampled_from([1, 1, 2, 3, 4]))
     d = choose("d", HEAD_DIMS)
     e = choose("e", st.one_of(st.just(d), st.just(d), HEAD_DIMS))
     mask = choose("mask", mask_sources(b, m, n))
@@ -125,6 +126,16 @@ def attentions(draw: st.DrawFn, **fixed: Any) -> Attention:
     )  # fmt: skip
 
 
+# Sizes for an interpreter, where a tile costs a tenth of a second: both sides of the smallest tile, and no more.
+SMALL: dict[str, Any] = {
+    "b": st.integers(1, 2),
+    "m": st.sampled_from([0, 1, 2, 7, 16, 17, 33]),
+    "n": st.sampled_from([0, 1, 2, 7, 16, 17, 33, 65]),
+    "d": st.sampled_from([8, 16, 24, 64]),
+    "e": st.sampled_from([8, 16, 24, 64]),
+    "r": st.sampled_from([1, 2]),
+}
+
 # What every backend is asked most often: nothing that some backend is entitled to decline.
 PLAIN = {"softcap": None, "alibi": None, "scale": None, "q_offset": None, "k_offset": 0, "out_dtype": None}
 
@@ -139,15 +150,16 @@ def decodes(draw: st.DrawFn) -> Attention:
 
 @st.composite
 def rotates(draw: st.DrawFn, **fixed: Any) -> Rotate:
-    """Draw a rotation problem; keyword arguments fix fields."""
+    """Draw a rotation problem; keyword arguments fix fields, or say what to draw them from."""
 
     def choose(name: str, strategy: st.SearchStrategy[Any]) -> Any:
-        return fixed[name] if name in fixed else draw(strategy, label=name)
+        chosen = fixed.get(name, strategy)
+        return draw(chosen, label=name) if isinstance(chosen, st.SearchStrategy) else chosen
 
     g = choose("g", st.integers(1, 2))
     d = choose("d", HEAD_DIMS)
     return Rotate(
-        b=choose("b", st.integers(1, 3)), g=g, h=g * draw(st.sampled_from([1, 2, 5]), label="queries per key head"),
+        b=choose("b", st.integers(1, 3)), g=g, h=g * choose("r", st.sampled_from([1, 2, 5])),
         m=choose("m", LENGTHS), d=d,
         planes=choose("planes", st.one_of(st.just(d // 2), st.integers(1, d // 2))),
         dtype=choose("dtype", DTYPES),
