@@ -145,7 +145,7 @@ def table(tallies: list[Tally]) -> Table:
 def conclude(page: Console, tallies: list[Tally], broken: Tally | None, case: str | None) -> None:
     """Print the final score, and a counterexample where there is one."""
     if not page.is_terminal or broken is not None:
-        page.print(table(tallies))
+        page.print(table([tally for tally in tallies if tally.tried]))
     reasons = sorted(set().union(*(tally.reasons for tally in tallies)))
     if reasons:
         page.print("Declined (valid problems that this backend says it does not serve):")
