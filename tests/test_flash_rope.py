@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(flash.unavailable() is not None, reason=str(flas
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 PAIRINGS = st.sampled_from(["half", "interleaved"])
 SEEDS = st.integers(0, 2**31 - 1)
-few = settings(max_examples=15 if DEVICE == "cpu" else 200)  # interpreted, one takes a quarter of a second
+few = settings(max_examples=15)  # a quarter of a second each, interpreted; on a GPU, a compilation each
 
 
 def heads(seed: int, b: int, h: int, m: int, d: int, dtype: torch.dtype, layout: str) -> Tensor:
@@ -158,6 +158,10 @@ def test_a_tangent_is_refused_and_not_dropped() -> None:
         torch.func.jvp(lambda x: flash.rotate(x, position, speeds(4)), (x,), (x,))
     with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
         flash.rotate(torch.autograd.forward_ad.make_dual(x, x), position, speeds(4))
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(Unsupported, match="in place"):
+        flash.rotate_(torch.autograd.forward_ad.make_dual(x, x), position, speeds(4))
+    with pytest.raises(Unsupported, match="in place"):
+        torch.vmap(lambda x: flash.rotate_(x, position, speeds(4)))(x[None])
 
 
 @triton.jit

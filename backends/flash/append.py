@@ -17,9 +17,27 @@ from longspan.spec import Rotation
 from longspan.spec.checks import check_append, check_rotate
 from longspan.spec.pairing import Pairing
 
-from .rope import arguments, check_rows, declines_heads, declines_in_place, declines_rotation, serve
+from .rope import (
+    arguments,
+    check_rows,
+    declines_derivative,
+    declines_heads,
+    declines_in_place,
+    declines_rotation,
+    serve,
+)
 from .rope_function import PLAIN
-from .rope_kernel import choose_rope, copy_heads, load_planes, on, power_of_two, rotation_of, strides_of, turn_heads
+from .rope_kernel import (
+    choose_rope,
+    columns,
+    copy_heads,
+    load_planes,
+    on,
+    power_of_two,
+    rotation_of,
+    strides_of,
+    turn_heads,
+)
 
 
 @triton.jit
@@ -110,9 +128,7 @@ def declines_append_(
         )
         check_rows(k.shape[0], rotation)
         reason = reason or declines_rotation("append_", rotation)
-    if reason is None and torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
-        return "flash.append_ has no gradient, got keys or values that require one"
-    return reason
+    return reason or declines_derivative("append_", k, v)
 
 
 def write_(
@@ -128,7 +144,8 @@ def write_(
     planes = 0 if inv_freq is None else inv_freq.shape[-1]
     if inv_freq is not None and inv_freq.stride(-1) != 1:
         inv_freq = inv_freq.contiguous()
-    choice = choose_rope(tokens, heads, max(planes, e // 2), k.element_size(), heads_inside=True)
+    widest = max(planes, min(d, e) // 2)
+    choice = choose_rope(tokens, heads, widest, k.element_size(), heads_inside=True)
     placed = (0, 0, 0) if position is None else strides_of(position)
     with on(k.device):
         append_kernel[-(-tokens // choice.tokens), choice.split](
@@ -139,7 +156,7 @@ def write_(
             0 if rows is None or rows.numel() == 1 else rows.stride(0),
             D=d, E=e, PLANES=planes, ROWS=inv_freq is not None and inv_freq.ndim > 1, INTERLEAVED=interleaved,
             BLOCK_M=choice.tokens, BLOCK_H=choice.heads, BLOCK_P=power_of_two(planes),
-            BLOCK_D=power_of_two(d - 2 * planes), BLOCK_E=power_of_two(e),
+            BLOCK_D=columns(widest, d - 2 * planes), BLOCK_E=columns(widest, e),
             SPLIT=choice.split, num_warps=choice.num_warps,
         )  # fmt: skip
 

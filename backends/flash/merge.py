@@ -21,7 +21,7 @@ from longspan.spec.state import weights
 
 from .rope import declines_heads, serve
 from .rope_function import PLAIN, fold, watched
-from .rope_kernel import on, power_of_two
+from .rope_kernel import INTERPRETED, on, power_of_two
 
 AT_ONCE: Final = 16  # parts of one launch; a kernel is compiled for each number of them
 
@@ -202,7 +202,7 @@ def launch(
     if lse.numel() == 0:
         return out, lse
     block_c = power_of_two(e)
-    block_r = max(1, min(16, 2048 // block_c))
+    block_r = 256 if INTERPRETED else max(1, min(16, 2048 // block_c))  # interpreted, a tile of any size costs the same
     with on(out.device):
         merge_kernel[(-(-b * h * m // block_r),)](
             tuple(outs), tuple(lses), sink, out, lse, b * h * m, h, m,

@@ -15,7 +15,7 @@ from longspan.spec.pairing import Pairing
 from longspan.spec.rope import between
 
 from ..registry import Unsupported
-from .rope_function import turn_, turned
+from .rope_function import transformed, turn_, turned
 from .rope_function import unit as unit  # noqa: PLC0414 - attention takes it from here
 from .rope_kernel import INTERPRETED
 
@@ -91,9 +91,9 @@ def declines_rotate_qk(
     q: Tensor, k: Tensor, position: Tensor, rotation: Rotation, *, pairing: Pairing = "half"
 ) -> str | None:
     """Say why `rotate_qk` would raise `Unsupported`, or None; see `declines_rotate`."""
-    reason = declines_rotate(q, position, rotation, pairing=pairing) or declines_rotate(
-        k, position, rotation, pairing=pairing
-    )
+    reason = declines_rotate(q, position, rotation, pairing=pairing)
+    check_rotate(k, position, rotation.inv_freq, rotation.attention_factor, rotation.axis, pairing)
+    reason = reason or declines_heads("rotate_qk", k)
     if reason is None and (q.shape[0], q.shape[2]) != (k.shape[0], k.shape[2]):
         return f"flash.rotate_qk turns one batch of tokens, got q {list(q.shape)} and k {list(k.shape)}; rotate each"
     return reason
@@ -152,10 +152,17 @@ def declines_rotation(operation: str, rotation: Rotation) -> str | None:
 def declines_in_place(operation: str, *heads: Tensor) -> str | None:
     """Say why heads cannot be overwritten."""
     for x in heads:
-        if x.requires_grad and torch.is_grad_enabled():
-            return f"flash.{operation} has no gradient, got a tensor that requires one"
         if any(size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True)):
             return f"flash.{operation} cannot write to a tensor expanded over itself, strides {list(x.stride())}"
+    return declines_derivative(operation, *heads)
+
+
+def declines_derivative(operation: str, *heads: Tensor) -> str | None:
+    """Say which derivative an operation in place would lose."""
+    if any(x.requires_grad for x in heads) and torch.is_grad_enabled():
+        return f"flash.{operation} has no gradient, got a tensor that requires one"
+    if transformed():
+        return f"flash.{operation} writes in place: torch.func and forward-mode differentiation cannot look through it"
     return None
 
 

@@ -35,9 +35,16 @@ def watched(*x: Tensor) -> bool:
     return (
         torch.compiler.is_compiling()
         or (torch.is_grad_enabled() and any(one.requires_grad for one in x))
-        or torch._C._are_functorch_transforms_active()  # noqa: SLF001 - what Function.apply itself asks
-        or forward_ad._current_level >= 0  # noqa: SLF001 - a tangent must be refused, not dropped
+        or transformed()
         or any(type(one) not in PLAIN for one in x)
+    )
+
+
+def transformed() -> bool:
+    """Whether a transform of `torch.func` or a forward-mode derivative is under way: these are refused, not dropped."""
+    return not torch.compiler.is_compiling() and (
+        torch._C._are_functorch_transforms_active()  # noqa: SLF001 - what Function.apply itself asks
+        or forward_ad._current_level >= 0  # noqa: SLF001
     )
 
 

@@ -160,13 +160,15 @@ def copy_heads(
     COLUMN: tl.constexpr, COUNT: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Copy COUNT columns, from COLUMN on, of the heads ``first, first + step, …`` of a block of tokens."""
-    column = tl.arange(0, BLOCK_C)[None, None, :]
     for start in range(first, heads, step):
         head = start + tl.arange(0, BLOCK_H)
         source = x + row[None, :, None] + (head.to(tl.int64) * stride)[:, None, None]
         target = out + out_row[None, :, None] + (head.to(tl.int64) * out_stride)[:, None, None]
-        keep = live[None, :, None] & (head < heads)[:, None, None] & (column < COUNT)
-        tl.store(target + COLUMN + column, tl.load(source + COLUMN + column, keep, 0.0), keep)
+        keep = live[None, :, None] & (head < heads)[:, None, None]
+        for block in range(0, COUNT, BLOCK_C):
+            column = block + tl.arange(0, BLOCK_C)[None, None, :]
+            inside = keep & (column < COUNT)
+            tl.store(target + COLUMN + column, tl.load(source + COLUMN + column, inside, 0.0), inside)
 
 
 @triton.jit
@@ -261,6 +263,11 @@ def power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+def columns(planes: int, count: int) -> int:
+    """Columns copied at once: as much of a tile as its planes take."""
+    return min(power_of_two(count), max(16, 2 * power_of_two(planes)))
+
+
 def on(device: torch.device) -> AbstractContextManager[Any]:
     """Make a device the current one, on which Triton launches."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():
@@ -299,5 +306,5 @@ def launch(
             PLANES=planes, Q_TAIL=q_tail, K_TAIL=k_tail if k_heads else 0,
             WIDE=tokens >= 2**31 - 1024, ROWS=inv_freq.ndim > 1, INTERLEAVED=interleaved, INVERSE=inverse,
             BLOCK_M=choice.tokens, BLOCK_H=choice.heads, BLOCK_P=power_of_two(planes),
-            BLOCK_C=power_of_two(max(q_tail, k_tail)), SPLIT=choice.split, num_warps=choice.num_warps,
+            BLOCK_C=columns(planes, max(q_tail, k_tail)), SPLIT=choice.split, num_warps=choice.num_warps,
         )  # fmt: skip
