@@ -5,15 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-import triton
-import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from longspan import spec
 from longspan.backends import Unsupported, flash
-from longspan.backends.flash.rope_kernel import cosine_sine, turns_of
 from longspan.spec import Rotation
 from longspan.spec.pairing import Pairing
 
@@ -162,45 +159,6 @@ def test_a_tangent_is_refused_and_not_dropped() -> None:
         flash.rotate_(torch.autograd.forward_ad.make_dual(x, x), position, speeds(4))
     with pytest.raises(Unsupported, match="in place"):
         torch.vmap(lambda x: flash.rotate_(x, position, speeds(4)))(x[None])
-
-
-@triton.jit
-def write_turns(inv_freq, out, N: tl.constexpr):  # noqa: ANN001, ANN201, N803
-    at = tl.program_id(0) * N + tl.arange(0, N)
-    tl.store(out + at, turns_of(tl.load(inv_freq + at)))
-
-
-@triton.jit
-def write_cosine_sine(position, turns, cos, sin, N: tl.constexpr):  # noqa: ANN001, ANN201, N803
-    at = tl.program_id(0) * N + tl.arange(0, N)
-    c, s = cosine_sine(tl.load(position + at), tl.load(turns + at), False)
-    tl.store(cos + at, c)
-    tl.store(sin + at, s)
-
-
-def test_the_kernel_counts_turns_bit_for_bit_as_the_specification() -> None:
-    draw = torch.Generator().manual_seed(0)
-    speed = torch.rand(2**14, dtype=torch.float64, generator=draw)
-    speed[1::3] = 10 ** (-15 * speed[1::3])
-    speed[2::3] = 1e4 * speed[2::3] - 5e3
-    speed[:5] = torch.tensor([torch.pi, -torch.pi, 3 * torch.pi, 0.0, -0.0], dtype=torch.float64)
-    found = torch.empty(2**14, dtype=torch.int64, device=DEVICE)
-    write_turns[(16,)](speed.to(DEVICE), found, 1024)
-    # On the CPU: there torch divides by 2π, where on a GPU it multiplies by the reciprocal.
-    assert torch.equal(found.cpu(), spec.turns(speed))
-
-
-def test_cosine_and_sine_are_exact_to_a_rounding_all_around_the_circle() -> None:
-    draw = torch.Generator().manual_seed(0)
-    turned = torch.randint(-(2**63), 2**63 - 1, (2**15,), generator=draw)
-    edges = torch.arange(-4, 4)[:, None] * 2**61 + torch.tensor([-(2**32), -1, 0, 1, 2**32])
-    turned[:40] = edges.flatten()  # both sides of every eighth of a turn, where quarters change
-    turned, one = turned.to(DEVICE), torch.ones(2**15, dtype=torch.int64, device=DEVICE)
-    cos, sin = torch.empty(2, 2**15, device=DEVICE)
-    write_cosine_sine[(32,)](one, turned, cos, sin, 1024)
-    theta = (turned >> 11).double() * (2 * torch.pi / 2.0**53)
-    assert (cos.double() - theta.cos()).abs().max() < 1.2e-7
-    assert (sin.double() - theta.sin()).abs().max() < 1.2e-7
 
 
 def test_keys_move_from_one_rotation_to_another() -> None:
