@@ -8,10 +8,11 @@ from typing import Any, Final
 
 import torch
 from einops import rearrange
+from torch import Tensor
+
 from longspan.spec import AttentionState
 from longspan.spec.checks import check_attention, check_lengths
 from longspan.spec.masks import Mask, documents, everything
-from torch import Tensor
 
 from ..registry import Unsupported
 from .function import Attention
@@ -37,7 +38,7 @@ def attention(
     q_offset: int | Tensor | None = None,
     k_offset: int = 0,
     out_dtype: torch.dtype | None = None,
-    deterministic: bool = False,  # noqa: ARG001, FBT001, FBT002 - no kernel adds atomically: it always is
+    deterministic: bool = False,  # noqa: ARG001 - no kernel adds atomically: it always is
 ) -> AttentionState:
     """Attend from every query to the keys that it sees; see `longspan.spec.attention`.
 
@@ -81,7 +82,7 @@ def declines_attention(
     q: Tensor, k: Tensor, v: Tensor, *,
     mask: Mask = everything(), scale: float | None = None, softcap: float | None = None, sink: Tensor | None = None,  # noqa: ARG001, B008
     alibi: Tensor | None = None, q_offset: int | Tensor | None = None, k_offset: int = 0,
-    out_dtype: torch.dtype | None = None, deterministic: bool = False,  # noqa: ARG001, FBT001, FBT002
+    out_dtype: torch.dtype | None = None, deterministic: bool = False,  # noqa: ARG001
 ) -> str | None:  # fmt: skip
     """Say why `attention` would raise `Unsupported`, or None.
 

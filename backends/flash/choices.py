@@ -61,9 +61,11 @@ def choose(key: Key) -> Choice:
 
 
 def exact(key: Key) -> Choice:
-    """float32 without tensor cores: small tiles, since every operand passes through registers."""
-    small = 32 if key.width > 64 else 64
-    return Choice(tile_m=small, tile_n=32, num_warps=4 if key.width <= 128 else 8, num_stages=1)
+    """float32 without tensor cores: small tiles, which fit 99 KB of shared memory at every width."""
+    if key.width > 128:
+        small = 32 if key.kernel == "forward" else 16
+        return Choice(tile_m=small, tile_n=small, num_warps=4, num_stages=1)
+    return Choice(tile_m=32 if key.width > 64 else 64, tile_n=32, num_warps=4, num_stages=1)
 
 
 def hopper(key: Key) -> Choice:

@@ -114,7 +114,8 @@ def forward_kernel(
     acc = tl.zeros([M, E], tl.float32)
     if SINK:
         # A key of value zero: the fold starts from it.
-        peak = tl.zeros([M], tl.float32) + tl.load(sink + batch * sink_b + head).to(tl.float32) * 1.4426950408889634
+        sink_score = tl.load(sink + batch * sink_b + head).to(tl.float32)
+        peak = tl.zeros([M], tl.float32) + sink_score * 1.4426950408889634
         total = tl.full([M], 1.0, tl.float32)
     else:
         peak = tl.full([M], -float("inf"), tl.float32)
@@ -135,6 +136,9 @@ def forward_kernel(
     empty = total == 0
     total = tl.where(empty, 1.0, total)
     log_sum = (tl.where(empty, 0.0, peak) + tl.log2(total)) * 0.6931471805599453
+    if SINK:
+        # A row without keys keeps the sink exactly, which log2 and back would round.
+        log_sum = tl.where((total == 1.0) & (peak == sink_score * 1.4426950408889634), sink_score, log_sum)
     line = (batch * h + head).to(tl.int64) * m + i
     tl.store(lse + line, tl.where(empty, -float("inf"), log_sum), mask=exists)
     across = tl.arange(0, E)

@@ -13,7 +13,7 @@ from ..registry import Unsupported
 from .backward import backward
 from .forward import forward
 from .launch import Call, quiet
-from .rope import unit
+from .rope_function import unit
 from .rope_kernel import on
 
 # What both operators take beside q, k and v.

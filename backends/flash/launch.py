@@ -72,14 +72,12 @@ def quiet() -> AbstractContextManager[Any]:
     return np.errstate(all="ignore")
 
 
-def architecture(device: torch.device) -> str:
-    """Name of the machine that kernels are compiled for."""
+def architecture() -> str:
+    """Name of the current device, for which kernels are compiled."""
     if INTERPRETED:
         return "interpreter"
-    if torch.version.hip is not None:
-        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"sm_{major}{minor}"
+    target = triton.runtime.driver.active.get_current_target()
+    return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
 
 
 def padded(width: int) -> int:
@@ -105,7 +103,7 @@ def select(
     everything = call.rows is None and call.sequences is None and low <= 1 - m and high >= n and stop >= n
     return choose(
         Key(
-            kernel=kernel, architecture=architecture(q.device), width=padded(max(q.shape[3], v.shape[3])),
+            kernel=kernel, architecture=architecture(), width=padded(max(q.shape[3], v.shape[3])),
             itemsize=q.element_size(), masked=not everything, descriptors=all(map(describable, (q, k, v, *more))),
         )  # fmt: skip
     )

@@ -9,10 +9,11 @@ Shapes: b batch, m queries, n keys.
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
+
 from longspan.spec import bounds
 from longspan.spec.affine import affine
 from longspan.spec.masks import Mask
-from torch import Tensor
 
 FARTHEST = 2**30  # tokens: positions and their differences stay inside int32
 
