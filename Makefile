@@ -1,12 +1,12 @@
 # Every target sets itself up: a fresh Linux machine with Python >= 3.11, git and make is enough.
-# with PYTHON=the interpreter to make .venv from, PIP_ARGS=handed to pip install, ARGS=handed to demo.py or pytest
+# with PYTHON=the interpreter to make .venv from, PIP_ARGS=handed to pip install, ARGS=handed to demo.py, pytest or race.py
 
 PYTHON ?=
 PIP_ARGS ?=
 ARGS ?=
 export PYTHON PIP_ARGS
 .DEFAULT_GOAL := help
-.PHONY: help demo test check wheel clean
+.PHONY: help demo test check bench wheel clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' Makefile
@@ -27,6 +27,11 @@ check: ## every guard that reads the source: style, types, layers, spelling
 	.venv/bin/pyright --pythonpath .venv/bin/python
 	PYTHONPATH=.namespace .venv/bin/lint-imports
 	.venv/bin/codespell
+
+bench: ## race the kernels beside installed peers on this machine's GPU, draw the results, write docs/benchmarks.md
+	@tools/setup test
+	.venv/bin/python benchmarks/race.py $(ARGS)
+	.venv/bin/python benchmarks/plots.py
 
 wheel: ## an sdist and, from it, a wheel, in dist/
 	@tools/setup dev

@@ -1,0 +1,200 @@
+"""The problems that are raced, with the work that each one is by rule, and the small problems that gate them.
+
+A matrix product counts 2 operations a multiply-add, so that attention forward is ``4 · m · n · d · h · b`` of which a
+causal mask leaves half, and backward, with five products instead of two, 2.5 times that (FlashAttention-2, Dao 2023,
+arXiv:2307.08691, §4.1). Decode counts the bytes of keys and values, rotation those read and written.
+Shapes: b batch, h query heads, g key heads, m queries, n keys, d head dimension.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, Final
+
+from longspan.laws import Attention, Rotate
+
+SECTIONS: Final = ("forward", "backward", "decode", "rotate", "growth", "memory")
+WIDTH: Final = 2048  # heads · head dimension of the tables
+TOKENS: Final = 16_384  # batch · tokens of the tables
+K: Final = 1024
+ITEM: Final = 2  # bytes of a bf16 element
+TYPICAL: Final = {"h": 32, "g": 8, "d": 128}  # heads of an 8-billion-parameter model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One problem of one table.
+
+    Attributes:
+        section: The table.
+        mask: What queries see: ``full``, ``causal``, or ``window``.
+        window: Keys that a query sees under ``window``, its own included.
+        backward: Whether the gradient is raced, and not the function.
+        quick: Whether ``--quick`` keeps it.
+    """
+
+    section: str
+    b: int = 1
+    h: int
+    g: int
+    m: int
+    n: int
+    d: int
+    mask: str = "full"
+    window: int = 0
+    backward: bool = False
+    quick: bool = False
+
+    @property
+    def name(self) -> str:
+        """Name in one line, unique among all cells."""
+        seen = f"window {self.window}" if self.window else self.mask
+        size = f"b{self.b} h{self.h}/{self.g} d{self.d} m{self.m} n{self.n}"
+        direction = "backward" if self.backward else "forward"
+        return f"{self.section}: {size} {direction}" + ("" if self.section == "rotate" else f" {seen}")
+
+    @property
+    def features(self) -> tuple[Any, ...]:
+        """What the code that runs depends on, sizes apart: cells that share it share a gate."""
+        return self.rotates, self.backward, self.decodes, self.d, self.h // self.g, self.mask
+
+    @property
+    def rotates(self) -> bool:
+        """Whether it is a rotation, and not attention."""
+        return self.section == "rotate"
+
+    @property
+    def decodes(self) -> bool:
+        """Whether few queries read a long cache."""
+        return self.section == "decode"
+
+    @property
+    def pairs(self) -> float:
+        """Pairs of a query and a key that count as work; of a causal square, half by rule."""
+        if self.mask == "window":
+            return self.m * self.window - self.window * (self.window - 1) / 2
+        return self.m * self.n / (2 if self.mask == "causal" else 1)
+
+    @property
+    def flops(self) -> float:
+        """Floating-point operations, by rule."""
+        return 4 * self.pairs * self.d * self.h * self.b * (2.5 if self.backward else 1)
+
+    @property
+    def bytes(self) -> float:
+        """Bytes that have to move: those of keys and values, or of heads read and written."""
+        if self.rotates:
+            return 2 * self.b * (self.h + self.g) * self.m * self.d * ITEM
+        return 2 * self.b * self.g * self.n * self.d * ITEM
+
+    @property
+    def unit(self) -> str:
+        """Unit of the figure."""
+        return "TB/s" if self.rotates or self.decodes else "TFLOP/s"
+
+    def figure(self, seconds: float) -> float:
+        """Work by time, in 10^12 a second."""
+        return (self.bytes if self.unit == "TB/s" else self.flops) / seconds * 1e-12
+
+    def build_mask(self) -> str:
+        """Source of the mask, in the names of `longspan.spec.masks`."""
+        return {"full": "everything()", "causal": "causal()", "window": f"causal() & window({self.window})"}[self.mask]
+
+    def as_json(self) -> dict[str, Any]:
+        """The fields that say what was raced."""
+        return {name: value for name, value in asdict(self).items() if name != "quick"}
+
+
+def cells() -> list[Cell]:
+    """Every cell, table by table."""
+    return [*forward(), *backward(), *decode(), *rotation(), *growth(), *memory()]
+
+
+def forward() -> list[Cell]:
+    """FlashAttention's tables, one long prompt, and a window over it."""
+    return [
+        *square("forward", lambda _, length, __: length == TOKENS),
+        Cell(section="forward", **TYPICAL, m=128 * K, n=128 * K, mask="causal", quick=True),
+        Cell(section="forward", **TYPICAL, m=128 * K, n=128 * K, mask="window", window=4096, quick=True),
+    ]
+
+
+def backward() -> list[Cell]:
+    """The same tables, differentiated."""
+    return square(
+        "backward",
+        lambda d, length, mask: length == TOKENS and (d, mask) in {(128, "causal"), (128, "full"), (64, "causal")},
+    )
+
+
+def square(section: str, quick: Callable[[int, int, str], bool]) -> list[Cell]:
+    """Tables of equal work: batch · tokens and heads · head dimension are fixed."""
+    return [
+        Cell(
+            section=section,
+            b=TOKENS // length,
+            h=WIDTH // d,
+            g=WIDTH // d,
+            m=length,
+            n=length,
+            d=d,
+            mask=mask,
+            backward=section == "backward",
+            quick=quick(d, length, mask),
+        )
+        for d in (64, 128, 256)
+        for mask in ("causal", "full")
+        for length in (4 * K, 16 * K)
+    ]
+
+
+def decode() -> list[Cell]:
+    """One query per sequence against a cache."""
+    sizes = ((1, 8 * K), (1, 128 * K), (1, 1024 * K), (16, 32 * K), (64, 8 * K))
+    return [Cell(section="decode", b=b, **TYPICAL, m=1, n=n, quick=True) for b, n in sizes]
+
+
+def rotation() -> list[Cell]:
+    """Queries and keys of one prompt."""
+    return [
+        Cell(section="rotate", **TYPICAL, m=m, n=m, backward=back, quick=not back or m == 128 * K)
+        for back, lengths in ((False, (4 * K, 32 * K, 128 * K)), (True, (32 * K, 128 * K)))
+        for m in lengths
+    ]
+
+
+def growth() -> list[Cell]:
+    """One problem at growing length: time over n² is to be flat."""
+    return [
+        Cell(section="growth", h=8, g=2, d=128, m=n * K, n=n * K, mask="causal", quick=n <= 256)
+        for n in (16, 64, 256, 1024)
+    ]
+
+
+def memory() -> list[Cell]:
+    """Forward and backward at growing length: what is allocated beyond inputs and results is to be O(n)."""
+    return [
+        Cell(section="memory", h=2, g=1, d=128, m=n * K, n=n * K, mask="causal", backward=True, quick=n <= 256)
+        for n in (4, 16, 64, 256, 1024)
+    ]
+
+
+def problems(cell: Cell) -> tuple[Attention | Rotate, ...]:
+    """Small ragged problems of the cell's features: a plain one, and one with NaN in every key that nobody sees.
+
+    Peers do not promise the second, so it is for backends of this project.
+    """
+    if cell.rotates:
+        ragged = {"b": cell.b, "h": cell.h, "g": cell.g, "d": cell.d, "planes": cell.d // 2, "dtype": "bfloat16"}
+        return (Rotate(**ragged, m=333, largest=2**17, seed=1),)
+    heads = {"h": 2 * cell.h // cell.g, "g": 2, "d": cell.d, "e": cell.d, "dtype": "bfloat16", "seed": 1}
+    if cell.decodes:
+        return (
+            Attention(b=3, **heads, m=1, n=1237),
+            Attention(b=3, **heads, m=1, n=1237, mask="lengths([1237, 1000, 1])", dead=float("nan"), needle=True),
+        )
+    mask = "causal() & window(100)" if cell.mask == "window" else cell.build_mask()
+    lengths = f"{mask} & lengths([304, 211])"
+    return (
+        Attention(b=2, **heads, m=333, n=333, mask=mask),
+        Attention(b=2, **heads, m=197, n=333, mask=lengths, dead=float("nan"), needle=True),
+    )

@@ -1,0 +1,177 @@
+"""Results as Markdown: every table of the page, made from the results files and from nothing else."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Final
+
+from peers import CEILINGS
+
+BEGIN: Final = "<!-- made by benchmarks/plots.py from benchmarks/results: begin -->"
+END: Final = "<!-- made by benchmarks/plots.py from benchmarks/results: end -->"
+EMPTY: Final = "No results are recorded yet: `make bench` records those of your GPU."
+TITLES: Final = {
+    "forward": "Attention, forward: TFLOP/s",
+    "backward": "Attention, backward: TFLOP/s",
+    "decode": "Decode: TB/s of keys and values read",
+    "rotate": "Rotary embedding of queries and keys: TB/s read and written",
+    "growth": "Growth: time over tokens²",
+    "memory": "Memory of forward and backward beyond inputs and results",
+}
+
+
+def replaced(page: str, made: str) -> str:
+    """Put what was made between the markers of a page.
+
+    Raises:
+        ValueError: When a marker is missing.
+    """
+    head, begin, rest = page.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not (begin and end):
+        message = f"the page must hold the markers {BEGIN} and {END}, in this order"
+        raise ValueError(message)
+    return f"{head}{BEGIN}\n{made}\n{END}{tail}"
+
+
+def render(results: Sequence[dict[str, Any]], images: Iterable[str]) -> str:
+    """Write the tables of every device.
+
+    Args:
+        results: Results files, as read.
+        images: Names of the pictures that exist, ``<device>-<table>.png``.
+    """
+    images = set(images)
+    return "\n\n".join(device(found, images) for found in results) if results else EMPTY
+
+
+def device(found: dict[str, Any], images: set[str]) -> str:
+    """Write the tables of one device."""
+    parts = [f"## {found['device']}"]
+    for section, run in found["sections"].items():
+        parts.append(f"### {TITLES[section]}")
+        parts.append(origin(run))
+        if section == "memory":
+            parts.append(memory(run["cells"]))
+        else:
+            parts.append(grid(section, run["cells"]))
+        if section == "growth":
+            parts.append(growth(run["cells"]))
+        parts += absentees(run["cells"])
+        image = picture(found["device"], section)
+        if image in images:
+            parts.append(f"![{TITLES[section]}, {found['device']}](images/{image})")
+    return "\n\n".join(parts)
+
+
+def picture(name: str, section: str) -> str:
+    """File of a table's picture."""
+    return f"{'-'.join(name.lower().split())}-{section}.png"
+
+
+def origin(run: dict[str, Any]) -> str:
+    """Say when, and with what."""
+    versions = ", ".join(f"{name} {value}" for name, value in run["versions"].items() if value != "absent")
+    return f"One run, {run['date']}; {versions}."
+
+
+def grid(section: str, cells: Sequence[dict[str, Any]]) -> str:
+    """A row a problem, a column a contestant; the best of each row in bold, ceilings apart."""
+    kernels = names(cells)
+    rows = []
+    for cell in cells:
+        readings = {x["kernel"]: x for x in cell["readings"]}
+        best = max((x["figure"] for name, x in readings.items() if name not in CEILINGS), default=None)
+        rows.append([label(section, cell["cell"]), *(figure(readings.get(name), best) for name in kernels)])
+    return table(["problem", *kernels], rows)
+
+
+def figure(reading: dict[str, Any] | None, best: float | None) -> str:
+    """One figure, and beside it the time of an eager launch where a graph was timed."""
+    if reading is None:
+        return "–"
+    text = short(reading["figure"])
+    if reading["figure"] == best:
+        text = f"**{text}**"
+    if reading["eager_us"] is not None:
+        text += f" ({short(reading['median_us'])} µs; eager {short(reading['eager_us'])} µs)"
+    return text
+
+
+def growth(cells: Sequence[dict[str, Any]]) -> str:
+    """Time over tokens squared, by that of the shortest length."""
+    first: dict[str, float] = {}
+    rows = []
+    for cell in cells:
+        tokens = cell["cell"]["n"]
+        for x in cell["readings"]:
+            rate = x["median_us"] / tokens**2
+            first.setdefault(x["kernel"], rate)
+            ratio = f"{rate / first[x['kernel']]:.3f}"
+            rows.append([x["kernel"], thousands(tokens), f"{short(x['median_us'] / 1000)} ms", ratio])
+    return table(["contestant", "tokens", "time", "time over tokens², by the first"], rows)
+
+
+def memory(cells: Sequence[dict[str, Any]]) -> str:
+    """Bytes beyond inputs and results, per token and head."""
+    kernels = names(cells)
+    rows = []
+    for cell in cells:
+        of, found = cell["cell"], {x["kernel"]: x["extra_bytes"] for x in cell["readings"]}
+        share = of["b"] * of["h"] * of["m"]
+        rows.append(
+            [label("memory", of)]
+            + [
+                "–" if name not in found else f"{short(found[name] / 2**20)} MiB ({short(found[name] / share)})"
+                for name in kernels
+            ]
+        )
+    return table(["problem", *(f"{name} (bytes a query)" for name in kernels)], rows)
+
+
+def absentees(cells: Sequence[dict[str, Any]]) -> list[str]:
+    """Who did not race, why, and in how many of the cells."""
+    found: dict[tuple[str, str, str], int] = {}
+    for cell in cells:
+        for outcome in ("failed", "skipped"):
+            for name, reason in cell[outcome].items():
+                found[name, outcome, reason] = found.get((name, outcome, reason), 0) + 1
+    if not found:
+        return []
+    lines = [
+        f"- {name} {outcome} in {count} of {len(cells)}: {reason}" for (name, outcome, reason), count in found.items()
+    ]
+    return ["\n".join(lines)]
+
+
+def names(cells: Sequence[dict[str, Any]]) -> list[str]:
+    """Contestants with a figure, longspan's first and ceilings last."""
+    found = {x["kernel"] for cell in cells for x in cell["readings"]}
+    return sorted(
+        found, key=lambda name: (name in CEILINGS, not name.startswith(("hopper", "flash", "sdpa")), name.lower())
+    )
+
+
+def label(section: str, of: dict[str, Any]) -> str:
+    """A problem in a few words."""
+    heads = str(of["h"]) if of["h"] == of["g"] else f"{of['h']}/{of['g']}"
+    size = f"batch {of['b']}, {thousands(of['n'])} tokens, {heads} heads, d{of['d']}"
+    if section == "rotate":
+        return size + (", backward" if of["backward"] else "")
+    if section in {"decode", "growth", "memory"}:
+        return size
+    return f"{size}, window {of['window']}" if of["window"] else f"{size}, {of['mask']}"
+
+
+def thousands(tokens: int) -> str:
+    """Tokens in units of 1024, or of its square."""
+    return f"{tokens // 2**20}M" if tokens % 2**20 == 0 else f"{tokens // 1024}k"
+
+
+def short(x: float) -> str:
+    """Three significant digits."""
+    return f"{x:.0f}" if abs(x) >= 100 else f"{x:.3g}"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,0 +1,265 @@
+"""The contestants, by name: backends of this project, and whatever peers are installed.
+
+A contestant turns an `Ask` into a function of its inputs, or raises `Skipped` with the reason why it cannot.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Final
+
+import torch
+from ask import Ask, table
+from torch import Tensor
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from longspan.backends import Unsupported
+
+PAGE: Final = 64  # tokens
+Function = Callable[..., tuple[Tensor, ...]]
+
+
+class Skipped(Exception):  # noqa: N818 - no error of anyone
+    """A contestant does not enter a cell."""
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One name of the race.
+
+    Attributes:
+        name: As tables print it.
+        sections: Tables that it enters.
+        prepare: From what is asked to a function of the inputs.
+        own: Whether it is of this project: held to NaN in dead slots too, and no error of it is a reason to skip.
+    """
+
+    name: str
+    sections: tuple[str, ...]
+    prepare: Callable[[Ask], Function]
+    own: bool = False
+
+
+def backend(name: str) -> ModuleType:
+    """Load a backend of this project, by the name of its module."""
+    if find_spec(f"longspan.backends.{name}") is None:
+        msg = f"there is no backend {name}"
+        raise Skipped(msg)
+    module = import_module(f"longspan.backends.{name}")
+    reason = module.unavailable()
+    if reason is not None:
+        raise Skipped(reason)
+    return module
+
+
+def own(name: str) -> Callable[[Ask], Function]:
+    """Enter a backend of this project with attention and rotation."""
+
+    def prepare(ask: Ask) -> Function:
+        module, operation = backend(name), "rotate_qk" if ask.cell.rotates else "attention"
+        options = ask.options
+        serve(module, operation, *ask.inputs, **options)
+        if operation == "rotate_qk":
+            return lambda q, k: module.rotate_qk(q, k, **options)
+        return lambda q, k, v: (module.attention(q, k, v, **options).out,)
+
+    return prepare
+
+
+def paged(name: str) -> Callable[[Ask], Function]:
+    """Enter a backend's paged attention: the same keys, scattered over pages; free slots hold NaN."""
+
+    def prepare(ask: Ask) -> Function:
+        module = backend(name)
+        q, k, v = ask.inputs
+        (b, _, n, _), pages = k.shape, -(-k.shape[2] // PAGE)
+        draw = torch.Generator().manual_seed(0)
+        places = torch.randperm(b * pages, generator=draw).reshape(b, pages).to(q.device)
+        options = {name: x for name, x in ask.options.items() if name not in {"mask", "q_offset", "k_offset"}}
+        cut = re.fullmatch(r"lengths\(\[(.*)\]\)", ask.mask)
+        lengths = [int(x) for x in cut[1].split(",")] if cut else [n] * b
+        arguments = (
+            torch.ones(b, dtype=torch.int32, device=q.device), pool(k, places), pool(v, places),
+            places.to(torch.int32), torch.tensor(lengths, dtype=torch.int32, device=q.device),
+        )  # fmt: skip
+        serve(module, "attention_paged", q[:, :, 0], *arguments, **options)
+        return lambda q, *_: (module.attention_paged(q[:, :, 0], *arguments, **options).out[:, :, None],)
+
+    return prepare
+
+
+def pool(x: Tensor, places: Tensor) -> Tensor:
+    """Lay keys out as pages, [pages, g, page, d], at their places, [b, pages of a sequence]."""
+    b, g, n, d = x.shape
+    pages = places.shape[1]
+    room = x.new_full((b, g, pages * PAGE, d), torch.nan)
+    room[:, :, :n] = x
+    result = torch.empty(b * pages, g, PAGE, d, dtype=x.dtype, device=x.device)
+    result[places.flatten()] = room.unflatten(2, (pages, PAGE)).transpose(1, 2).flatten(0, 1)
+    return result
+
+
+def serve(module: ModuleType, operation: str, *args: Tensor, **options: object) -> None:
+    """Skip what a backend declines, in its words."""
+    reason = module.declines(operation, *args, **options)
+    if reason is not None:
+        raise Skipped(reason)
+
+
+def simple(ask: Ask) -> None:
+    """Skip what only this project's conventions can say: peers take squares, and one query against all keys."""
+    q, k, _ = ask.inputs
+    if "lengths" in ask.mask or (ask.mask != "everything()" and q.shape[2] != k.shape[2]):
+        msg = "takes no lengths, and aligns causal masks its own way"
+        raise Skipped(msg)
+
+
+def window_of(ask: Ask) -> int | None:
+    """Keys of the window of a mask's source."""
+    found = re.search(r"window\((\d+)\)", ask.mask)
+    return int(found[1]) if found else None
+
+
+def sdpa(kernel: SDPBackend) -> Callable[[Ask], Function]:
+    """Enter one of the kernels behind PyTorch's scaled_dot_product_attention."""
+
+    def prepare(ask: Ask) -> Function:
+        simple(ask)
+        if window_of(ask):
+            msg = "scaled_dot_product_attention has no window"
+            raise Skipped(msg)
+        causal, grouped = "causal" in ask.mask, ask.inputs[0].shape[1] != ask.inputs[1].shape[1]
+
+        def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:
+            with sdpa_kernel(kernel):
+                return (functional.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped),)
+
+        return run
+
+    return prepare
+
+
+def flex(ask: Ask) -> Function:
+    """Enter FlexAttention, compiled for the shape, its block mask made beforehand."""
+    simple(ask)
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention  # noqa: PLC0415 - slow to import
+
+    widen_compile_cache()
+    q, k, _ = ask.inputs
+    size = window_of(ask)
+
+    def sees(_b: Tensor, _h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return (j <= i) if size is None else (j <= i) & (i - j < size)
+
+    mask = None
+    if "causal" in ask.mask:
+        # Uncompiled, it would make the whole m × n matrix.
+        mask = torch.compile(create_block_mask)(sees, None, None, q.shape[2], k.shape[2], device=q.device)
+    run = torch.compile(flex_attention, dynamic=False)
+    return lambda q, k, v: (run(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1]),)
+
+
+def flash_attn_4(ask: Ask) -> Function:
+    """Enter flash-attn-4's CuTe kernel."""
+    simple(ask)
+    run = installed("flash_attn.cute", "flash-attn-4").flash_attn_func
+    size = window_of(ask)
+    options = {"causal": "causal" in ask.mask, "window_size": (None, None) if size is None else (size - 1, 0)}
+
+    def call(*heads: Tensor) -> tuple[Tensor]:
+        result = run(*(x.transpose(1, 2) for x in heads), **options)
+        return ((result[0] if isinstance(result, tuple) else result).transpose(1, 2),)
+
+    return call
+
+
+def liger(ask: Ask) -> Function:
+    """Enter Liger's rotary, which turns in place by a table."""
+    rotary = installed("liger_kernel.ops.rope", "liger-kernel").LigerRopeFunction
+    cos, sin = (x[0] for x in table(ask))
+    return lambda q, k: rotary.apply(q, k, cos, sin)
+
+
+def compiled_rotary(ask: Ask) -> Function:
+    """Enter the usual rotary in PyTorch, compiled, by a table."""
+    widen_compile_cache()
+    cos, sin = table(ask)
+
+    def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        wide = x.float()
+        first, second = wide.chunk(2, -1)
+        return (wide * cos + torch.cat([-second, first], -1) * sin).to(x.dtype)
+
+    run = torch.compile(lambda q, k, cos, sin: (turned(q, cos, sin), turned(k, cos, sin)), dynamic=False)
+    return lambda q, k: run(q, k, cos, sin)
+
+
+def copy(ask: Ask) -> Function:
+    """Copy as many bytes: the ceiling of a rotation."""
+    if ask.cotangents:
+        msg = "a copy has no gradient to race"
+        raise Skipped(msg)
+    flat = torch.cat([x.flatten() for x in ask.inputs])
+    return lambda *_: (torch.empty_like(flat).copy_(flat),)
+
+
+def read(_: Ask) -> Function:
+    """Read keys and values once: the ceiling of decode."""
+    if find_spec("triton") is None:
+        msg = "triton is not installed"
+        raise Skipped(msg)
+    sweep = import_module("sweep").sweep
+    return lambda _q, k, v: sweep(k, v)
+
+
+def installed(module: str, package: str) -> ModuleType:
+    """Import a peer, or say that it is not there."""
+    try:
+        return import_module(module)
+    except ImportError as error:
+        msg = f"{package} is not installed ({error})"
+        raise Skipped(msg) from error
+
+
+def widen_compile_cache() -> None:
+    """Let one function be compiled for every shape of a race: past a limit it would run uncompiled, silently."""
+    config = import_module("torch._dynamo.config")
+    limits = {"recompile_limit": 4096, "accumulated_recompile_limit": 4096, "fail_on_recompile_limit_hit": True}
+    for name, value in limits.items():
+        setattr(config, name, value)
+
+
+ATTENTION: Final = ("forward", "backward", "decode", "memory")
+CONTESTANTS: Final = (
+    Contestant("flash", (*ATTENTION, "growth", "rotate"), own("flash"), own=True),
+    Contestant(f"flash, pages of {PAGE}", ("decode",), paged("flash"), own=True),
+    Contestant("sdpa", ATTENTION, own("sdpa"), own=True),
+    Contestant("SDPA FA2", ATTENTION, sdpa(SDPBackend.FLASH_ATTENTION)),
+    Contestant("SDPA cuDNN", ATTENTION, sdpa(SDPBackend.CUDNN_ATTENTION)),
+    Contestant("FlexAttention", ("forward", "backward", "decode"), flex),
+    Contestant("flash-attn-4", ("forward", "backward"), flash_attn_4),
+    Contestant("Liger", ("rotate",), liger),
+    Contestant("torch.compile", ("rotate",), compiled_rotary),
+    Contestant("device copy", ("rotate",), copy),
+    Contestant("read sweep", ("decode",), read),
+)
+CEILINGS: Final = ("device copy", "read sweep")
+
+
+def entrants(section: str) -> list[Contestant]:
+    """Contestants of a table."""
+    return [contestant for contestant in CONTESTANTS if section in contestant.sections]
+
+
+def why(error: Exception) -> str:
+    """First line of an error, and what it is."""
+    if isinstance(error, Skipped):
+        return str(error)
+    if isinstance(error, Unsupported):
+        return error.reason
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200] if lines else 'no message'}"

@@ -1,0 +1,135 @@
+"""Draw the results files, and write their tables into docs/benchmarks.md.
+
+python benchmarks/plots.py
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from page import names, picture, render, replaced, thousands
+from record import RESULTS, load
+
+ROOT: Final = Path(__file__).parents[1]
+PAGE: Final = ROOT / "docs" / "benchmarks.md"
+IMAGES: Final = ROOT / "docs" / "images"
+OWN: Final = ("flash", "hopper")  # drawn strong
+
+Cells = Sequence[dict[str, Any]]
+Line = dict[float, float]
+
+
+def recorded(folder: Path = RESULTS) -> list[dict[str, Any]]:
+    """Every results file, by name."""
+    return [load(path) for path in sorted(folder.glob("*.json"))]
+
+
+def panels(section: str, cells: Cells) -> dict[str, dict[str, Line]]:
+    """What is drawn: panel → contestant → length → figure."""
+    found: dict[str, dict[str, Line]] = {}
+    for cell in cells:
+        of = cell["cell"]
+        title = {
+            "rotate": "backward" if of["backward"] else "forward",
+            "decode": f"batch {of['b']}" if of["b"] == 1 else "batches",
+            "growth": "causal",
+            "memory": "forward and backward, causal",
+        }.get(section, f"d{of['d']}, {of['h']}/{of['g']} heads, {of['mask']}")
+        for x in cell["readings"]:
+            line = found.setdefault(title, {}).setdefault(x["kernel"], {})
+            line[of["n"]] = drawn(section, of, x)
+    return found
+
+
+def drawn(section: str, of: dict[str, Any], x: dict[str, Any]) -> float:
+    """The number of a reading that a picture shows."""
+    if section == "growth":
+        return x["median_us"] / of["n"] ** 2 * 1e6
+    return x["extra_bytes"] / 2**20 if section == "memory" else x["figure"]
+
+
+def axis(section: str) -> str:
+    """Name of the vertical axis."""
+    return {
+        "decode": "TB/s of keys and values", "rotate": "TB/s", "growth": "time / tokens², ps",
+        "memory": "MiB beyond inputs and results",
+    }.get(section, "TFLOP/s")  # fmt: skip
+
+
+def draw(device: str, section: str, cells: Cells, folder: Path) -> Path | None:
+    """Draw one table; None where it holds no figure."""
+    from matplotlib import pyplot as plt  # noqa: PLC0415 - after the renderer was chosen
+
+    found = panels(section, cells)
+    if not found:
+        return None
+    figure, axes = plt.subplots(
+        1, len(found), figsize=(1.2 + 3.4 * len(found), 3.6), squeeze=False, sharey=True, layout="constrained"
+    )
+    colours = {name: f"C{i}" for i, name in enumerate(names(cells))}
+    for ax, (title, lines) in zip(axes[0], found.items(), strict=True):
+        panel(ax, title, lines, colours)
+        if section == "memory":
+            ax.set_yscale("symlog", linthresh=1)
+        else:
+            ax.set_ylim(bottom=0)
+    axes[0][0].set_ylabel(axis(section))
+    handles = {line.get_label(): line for ax in axes[0] for line in ax.get_lines()}
+    figure.legend(
+        handles.values(),
+        handles.keys(),
+        loc="outside lower center",
+        ncols=min(5, len(handles)),
+        frameon=False,
+        fontsize=8,
+    )
+    figure.suptitle(device, fontsize=10)
+    path = folder / picture(device, section)
+    folder.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    plt.close(figure)
+    return path
+
+
+def panel(ax: Axes, title: str, lines: dict[str, Line], colours: dict[str, str]) -> None:
+    """Draw one panel: figures against tokens."""
+    lengths = sorted({length for line in lines.values() for length in line})
+    for name, line in sorted(lines.items()):
+        points = sorted(line.items())
+        strong = name.startswith(OWN) and not name.startswith("flash-attn")
+        ax.plot(
+            *zip(*points, strict=True), label=name, color=colours[name], marker="o", markersize=4,
+            linewidth=2.2 if strong else 1.1,
+        )  # fmt: skip
+    ax.set_title(title, fontsize=9)
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(lengths, [thousands(int(length)) for length in lengths], fontsize=8)
+    ax.set_xlim(lengths[0] / 1.4, lengths[-1] * 1.4)
+    ax.minorticks_off()
+    ax.set_xlabel("tokens", fontsize=8)
+    ax.grid(alpha=0.3)
+
+
+def made(found: Sequence[dict[str, Any]]) -> str:
+    """What the page holds between its markers."""
+    return render(found, {path.name for path in IMAGES.glob("*.png")})
+
+
+def main() -> int:
+    """Draw everything, then write the page that shows it."""
+    mpl.use("Agg")
+    found = recorded()
+    for results in found:
+        for section, run in results["sections"].items():
+            path = draw(results["device"], section, run["cells"], IMAGES)
+            print(f"{path or 'nothing'} drawn for {results['device']}, {section}")
+    PAGE.write_text(replaced(PAGE.read_text("utf-8"), made(found)), "utf-8")
+    print(f"{PAGE} holds the tables of {len(found)} devices")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,167 @@
+"""Race longspan's kernels beside their peers on this machine's GPU, and record what was measured.
+
+    python benchmarks/race.py --quick                    # about 100 seconds on an H200
+    python benchmarks/race.py --only decode rotate       # some tables, whole
+
+Every contestant conforms to the error budget before it is timed (`gate`), and is timed as `clock` says. A contestant
+that fails gets no figure, and the exit code is 1. Without a GPU the exit code is 2.
+"""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from ask import Ask, Call, bind, of_cell
+from cells import SECTIONS, Cell, cells
+from clock import ROUNDS, Reading, peak, race
+from gate import Verdict, groups, guarded, verdict_of
+from peers import CEILINGS, Contestant, entrants
+from record import RESULTS, entry, memory_entry, now, path_of, save, significant, versions
+
+Verdicts = dict[str, Verdict]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    parser = argparse.ArgumentParser(description="Race longspan's kernels beside their peers on this machine's GPU.")
+    parser.add_argument("--quick", action="store_true", help="a subset that ends in about 100 seconds on an H200")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS, help="these tables alone")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"{ROUNDS} by default")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results file")
+    asked = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print(
+            f"race.py needs a GPU that PyTorch can use (CUDA or ROCm), and torch {torch.__version__} finds none here."
+        )
+        return 2
+    raced = [cell for cell in cells() if cell.section in asked.only and (cell.quick or not asked.quick)]
+    device = torch.cuda.get_device_name()
+    begin = time.monotonic()
+    print(f"{device}: {len(raced)} cells; every contestant conforms first", flush=True)
+    verdicts = gated(raced)
+    print(f"gated in {time.monotonic() - begin:.0f} s", flush=True)
+    runs = []
+    for section in asked.only:
+        chosen = [cell for cell in raced if cell.section == section]
+        run = {"date": now(), "quick": asked.quick, "versions": versions()}
+        run["cells"] = [run_cell(cell, verdicts[cell.features], asked.rounds) for cell in chosen]
+        save(path_of(device, asked.out), device, section, run)
+        runs.append(run)
+    print(f"wrote {path_of(device, asked.out)} after {time.monotonic() - begin:.0f} s")
+    return conclude(runs)
+
+
+def gated(raced: Sequence[Cell]) -> dict[tuple[Any, ...], Verdicts]:
+    """Gate all groups side by side, before anything is timed."""
+    found = groups(raced)
+    # Each process takes a core to compile and some memory of the card to check.
+    fit = torch.cuda.get_device_properties().total_memory // (8 * 2**30)
+    with ThreadPoolExecutor(max(1, min(os.cpu_count() or 1, fit))) as pool:
+        return {group[0].features: verdicts for group, verdicts in zip(found, pool.map(guarded, found), strict=True)}
+
+
+def run_cell(cell: Cell, verdicts: Verdicts, count: int) -> dict[str, Any]:
+    """Race one cell and print its table."""
+    names = {contestant.name for contestant in entrants(cell.section)}
+    verdicts = {name: verdict for name, verdict in verdicts.items() if name in names}
+    print(f"\n{cell.name}")
+    with nullcontext() if cell.backward else torch.no_grad():
+        if cell.section == "memory":
+            result = memory_entry(cell, peaks(cell, verdicts), verdicts)
+        else:
+            result = entry(cell, timed(cell, verdicts, count), verdicts)
+    for line in lines(result):
+        print(f"  {line}")
+    sys.stdout.flush()
+    torch.cuda.empty_cache()
+    return result
+
+
+def passed(cell: Cell, verdicts: Verdicts) -> list[Contestant]:
+    """Contestants that may race."""
+    return [contestant for contestant in entrants(cell.section) if verdicts[contestant.name].outcome == "passed"]
+
+
+def timed(cell: Cell, verdicts: Verdicts, count: int) -> dict[str, Reading]:
+    """Time those that conform; who cannot run at this size is taken out, with the reason."""
+    asks: dict[int, Ask] = {}
+    racing = {contestant.name: contestant for contestant in passed(cell, verdicts)}
+
+    def enter(name: str, copy: int) -> Call:
+        if copy not in asks:
+            asks[copy] = of_cell(cell, copy, "cuda")
+        return bind(asks[copy], racing[name].prepare(asks[copy]))
+
+    ready: dict[str, Call] = {}
+    for name, contestant in racing.items():
+        with out_with(contestant, verdicts):
+            ready[name] = once(enter(name, 0))
+    return race(ready, enter, cell.bytes, count=count)
+
+
+def peaks(cell: Cell, verdicts: Verdicts) -> dict[str, int]:
+    """Peak memory of those that conform."""
+    ask, found = of_cell(cell, 0, "cuda"), {}
+    for contestant in passed(cell, verdicts):
+
+        def both(contestant: Contestant = contestant) -> list[torch.Tensor]:
+            leaves = [x.detach().requires_grad_() for x in ask.inputs]
+            results = contestant.prepare(ask)(*leaves)
+            return [*results, *torch.autograd.grad(results, leaves, ask.cotangents)]
+
+        with out_with(contestant, verdicts):
+            found[contestant.name] = peak(once(both))
+    return found
+
+
+def once(call: Callable[[], Any]) -> Callable[[], Any]:
+    """Run a call, so that what it lacks shows before anything is timed."""
+    call()
+    torch.cuda.synchronize()
+    return call
+
+
+@contextmanager
+def out_with(contestant: Contestant, verdicts: Verdicts) -> Iterator[None]:
+    """Take a contestant out of a cell that it cannot run, and record why."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - whatever it is, there is no figure
+        verdicts[contestant.name] = verdict_of(contestant, error)
+
+
+def lines(result: dict[str, Any]) -> list[str]:
+    """Describe a cell's results, best first."""
+    readings = result["readings"]
+    if readings and "extra_bytes" in readings[0]:
+        text = [f"{x['kernel']:22} {x['extra_bytes'] / 2**20:10.1f} MiB" for x in readings]
+    else:
+        best = max((x["figure"] for x in readings if x["kernel"] not in CEILINGS), default=1.0)
+        text = [
+            f"{x['kernel']:22} {x['figure']:8.4g} {x['unit']}  {x['median_us']:10.6g} µs ±{x['spread'] * 50:.1f} %"
+            f"  {significant(x['figure'] / best, 3):.2f} × best"
+            + ("" if x["eager_us"] is None else f"  eager {x['eager_us']:.4g} µs")
+            for x in sorted(readings, key=lambda x: -x["figure"])
+        ]
+    for outcome in ("failed", "skipped"):
+        text += [f"{name:22} {outcome}: {reason}" for name, reason in result[outcome].items()]
+    return text
+
+
+def conclude(runs: Sequence[dict[str, Any]]) -> int:
+    """Say who failed; return the exit code."""
+    failed = {(name, reason) for run in runs for cell in run["cells"] for name, reason in cell["failed"].items()}
+    for kernel, reason in sorted(failed):
+        print(f"FAILED, and got no figure: {kernel}: {reason}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
