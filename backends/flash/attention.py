@@ -15,7 +15,7 @@ from longspan.spec.checks import check_attention, check_lengths
 from longspan.spec.masks import Mask, documents, everything
 
 from ..registry import Unsupported
-from .function import Attention
+from .function import attend
 from .launch import INTERPRETED
 from .lowering import lower
 from .rope import serve
@@ -70,7 +70,7 @@ def attention(
         )  # fmt: skip
     )
     seen = lower(mask, q.shape[0], q.shape[2], k.shape[2], q_offset=q_offset, k_offset=k_offset, device=q.device)
-    out, lse = Attention.apply(
+    out, lse = attend(
         q, k, v, contiguous(sink), contiguous(alibi), seen.rows, seen.sequences, tuple(seen.interval),
         1 / math.sqrt(q.shape[3]) if scale is None else float(scale), None if softcap is None else float(softcap),
         q.dtype if out_dtype is None else out_dtype,

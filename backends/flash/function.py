@@ -13,7 +13,7 @@ from ..registry import Unsupported
 from .backward import backward
 from .forward import forward
 from .launch import Call, quiet
-from .rope_function import unit
+from .rope_function import PLAIN, unit, watched
 from .rope_kernel import on
 
 # What both operators take beside q, k and v.
@@ -61,9 +61,19 @@ def _(
     return dq, dk, dv, lse.new_empty(q.shape[0], 0 if sink is None else q.shape[1])
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
+    """Attend, through autograd where it could be looking: binding a Function's arguments costs more than a launch."""
+    if torch.compiler.is_compiling():
+        # Under torch.func.grad, dynamo takes what it differentiates for constants until something was done to it.
+        q, k, v = (x.view_as(x) for x in (q, k, v))
+    if watched(q, k, v) or (sink is not None and watched(sink)):
+        return Attention.apply(q, k, v, sink, *rest)
+    return forward_or_record(q, k, v, sink, *rest)
+
+
 def recording(x: Tensor) -> bool:
     """Whether a graph is being captured, or the tensor is one of those without memory that tracing uses."""
-    return torch.compiler.is_compiling() or type(x.detach()) is not Tensor
+    return torch.compiler.is_compiling() or type(x) not in PLAIN
 
 
 def forward_or_record(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -114,9 +124,13 @@ class Attention(torch.autograd.Function):
     """``(q, k, v, sink, alibi, rows, sequences, interval, scale, softcap, out_dtype)`` → ``(out, lse)``."""
 
     @staticmethod
-    def forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    def forward(
+        q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, alibi: Tensor | None,
+        rows: Tensor | None, sequences: Tensor | None, interval: tuple[int, ...], scale: float, softcap: float | None,
+        out_dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Launch the forward kernel."""
-        return forward_or_record(q, k, v, *rest)
+        return forward_or_record(q, k, v, sink, alibi, rows, sequences, interval, scale, softcap, out_dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -141,6 +155,12 @@ class Attention(torch.autograd.Function):
     def vmap(info: Any, dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, int]]:
         """Fold the mapped dimension into the batch."""
         return mapped(Attention, info.batch_size, dims, args, 3)
+
+
+# Where a transform looks through the Function (torch.func.grad inside torch.compile), the operator keeps the gradients.
+torch.library.register_autograd(
+    "longspan::flash_attention", Attention.backward, setup_context=Attention.setup_context
+)
 
 
 class AttentionBackward(torch.autograd.Function):
