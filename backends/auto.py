@@ -5,14 +5,14 @@ of it goes to the logger ``longspan`` at level INFO. Nothing is remembered betwe
 """
 
 import logging
-from importlib import import_module
-from typing import Any, Final, NamedTuple, cast
+from typing import Any, Final, NamedTuple
 
 from torch import Tensor
 
 from longspan.spec import AttentionState
 
-from .registry import NAMES, OPERATIONS, Backend, Unsupported
+from . import registry
+from .registry import NAMES, OPERATIONS, Unsupported
 
 LOGGER: Final = logging.getLogger("longspan")
 
@@ -36,8 +36,8 @@ def choose(operation: str, *args: Any, **kwargs: Any) -> Choice:
     check_operation(operation)
     declined: dict[str, str] = {}
     for name in NAMES:
-        backend = module(name)
-        reason = backend.unavailable() or backend.declines(operation, *args, **kwargs)
+        reason = registry.unavailable(name) or interpreted(name)
+        reason = reason or registry.module(name).declines(operation, *args, **kwargs)
         if reason is None:
             return Choice(name, declined)
         declined[name] = reason
@@ -49,12 +49,13 @@ def call(operation: str, *args: Any, **kwargs: Any) -> Any:
     name, declined = choose(operation, *args, **kwargs)
     if declined and LOGGER.isEnabledFor(logging.INFO):
         LOGGER.info("%s runs on %s: %s", operation, name, said(declined))
-    return getattr(module(name), operation)(*args, **kwargs)
+    return getattr(registry.module(name), operation)(*args, **kwargs)
 
 
-def module(name: str) -> Backend:
-    """Import a backend by its name in the registry, whether or not it can run here."""
-    return cast("Backend", import_module(f"longspan.backends.{name}"))
+def interpreted(name: str) -> str | None:
+    """Say that a backend would run as Python here, which a test may ask for by name and nobody else wants."""
+    slow = getattr(registry.module(name), "INTERPRETED", False)
+    return f"{name} is interpreted on this machine, for tests" if slow else None
 
 
 def said(declined: dict[str, str]) -> str:
@@ -71,7 +72,7 @@ def check_operation(operation: str) -> None:
 
 def unavailable() -> str | None:
     """Say why no backend can ever run on this machine, or None."""
-    reasons = {name: module(name).unavailable() for name in NAMES}
+    reasons = {name: registry.unavailable(name) for name in NAMES}
     return None if None in reasons.values() else said({name: str(reason) for name, reason in reasons.items()})
 
 

@@ -6,12 +6,16 @@ what it is asked or raises `Unsupported`; it never hands a problem to another ba
 
 from collections.abc import Callable
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, Final, Protocol, cast, runtime_checkable
 
 from longspan.spec import AttentionState
 
 # Fastest first: the order in which `auto` asks.
-NAMES: Final = ("sdpa", "eager")
+NAMES: Final = ("flash", "sdpa", "eager")
+
+# Packages that a backend imports beyond what longspan itself requires everywhere.
+NEEDS: Final[dict[str, tuple[str, ...]]] = {"flash": ("triton",)}
 
 OPERATIONS: Final = (
     "rotate", "rotate_qk", "rerotate", "attention", "attention_varlen", "attention_paged", "append_", "merge",
@@ -66,15 +70,23 @@ def load(name: str) -> Backend:
     if name not in {*NAMES, "auto"}:
         msg = f"backend must be one of {', '.join((*NAMES, 'auto'))}, got {name!r}"
         raise ValueError(msg)
-    backend = cast("Backend", import_module(f"longspan.backends.{name}"))
-    reason = backend.unavailable()
+    reason = unavailable(name)
     if reason is not None:
         raise Unsupported(reason, alternatives=tuple(other for other in NAMES if other != name))
-    return backend
+    return module(name)
+
+
+def module(name: str) -> Backend:
+    """Import a backend by its name, whether or not it can run here."""
+    return cast("Backend", import_module(f"longspan.backends.{name}"))
+
+
+def unavailable(name: str) -> str | None:
+    """Say why this machine can never run a backend, or None; a backend whose package is absent is not imported."""
+    absent = [package for package in NEEDS.get(name, ()) if find_spec(package) is None]
+    return f"{name} needs {absent[0]}, which is not installed" if absent else module(name).unavailable()
 
 
 def available() -> tuple[str, ...]:
-    """Names of the backends that this machine can run, fastest first; `load` says why another cannot."""
-    return tuple(
-        name for name in NAMES if cast("Backend", import_module(f"longspan.backends.{name}")).unavailable() is None
-    )
+    """Names of the backends that this machine can run, fastest first; `unavailable` says why another cannot."""
+    return tuple(name for name in NAMES if unavailable(name) is None)

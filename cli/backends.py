@@ -1,13 +1,12 @@
 """`longspan backends`: what can run here, what cannot, and why."""
 
-from importlib import import_module
-from typing import Any, cast
+from typing import Any
 
 import torch
 from rich.table import Table
 from torch import Tensor
 
-from longspan.backends import NAMES, Backend
+from longspan.backends import NAMES, registry
 from longspan.spec import AttentionState, masks, scaling
 
 from .machine import describe, find_device, said
@@ -48,10 +47,10 @@ def examine(device: torch.device) -> dict[str, Any]:
     calls = representative(device)
     found: dict[str, Any] = {}
     for name in NAMES:
-        backend = cast("Backend", import_module(f"longspan.backends.{name}"))
-        reason = backend.unavailable()
+        reason = registry.unavailable(name)
         declines = None
         if reason is None:
+            backend = registry.module(name)
             declines = {
                 operation: backend.declines(operation, *args, **options) for operation, (args, options) in calls.items()
             }

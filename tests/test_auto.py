@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 
 from longspan import backends, spec
-from longspan.backends import auto
+from longspan.backends import auto, registry
 from longspan.laws.problems import Attention
 from longspan.laws.strategies import attentions
 from longspan.spec import masks
@@ -38,7 +38,7 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> dict[str, Fake]:
         "last": Fake("last"),
     }
     monkeypatch.setattr(auto, "NAMES", tuple(table))
-    monkeypatch.setattr(auto, "module", table.__getitem__)
+    monkeypatch.setattr(registry, "module", table.__getitem__)
     return table
 
 
@@ -79,6 +79,12 @@ def test_when_all_decline_every_reason_is_given(fakes: dict[str, Fake]) -> None:
         auto.merge()
     assert refusal.value.reason == said
     assert refusal.value.alternatives == ()
+
+
+def test_kernels_that_are_interpreted_are_for_tests_alone(fakes: dict[str, Fake]) -> None:
+    fakes["good"].INTERPRETED = True
+    assert auto.choose("merge").name == "last"
+    assert auto.choose("merge").declined["good"] == "good is interpreted on this machine, for tests"
 
 
 def test_auto_is_unavailable_only_where_every_backend_is(fakes: dict[str, Fake]) -> None:

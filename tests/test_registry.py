@@ -1,22 +1,17 @@
 """Loading backends by name, and the promise that a named backend never hands a problem on."""
 
 import inspect
-from importlib import import_module
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
 
 from longspan import backends
 from longspan.backends import Backend, Unsupported, auto, registry
+from longspan.backends.registry import module
 
 EVERY = (*backends.NAMES, "auto")
 TOKENS = torch.zeros(1, 1, 3, 8)
-
-
-def module(name: str) -> Backend:
-    """Import a backend's module, whether or not it can run here."""
-    return cast("Backend", import_module(f"longspan.backends.{name}"))
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones() -> None:
@@ -62,6 +57,14 @@ def test_a_backend_loads_as_its_module_or_says_why_not(name: str, monkeypatch: p
         _ = backends.load(name)
     assert name not in refusal.value.alternatives
     assert set(refusal.value.alternatives) == set(backends.NAMES) - {name}
+
+
+def test_a_backend_whose_package_is_absent_says_so_and_is_not_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(registry.NEEDS, "flash", ("a_package_that_nobody_has",))
+    monkeypatch.setattr(registry, "module", lambda name: pytest.fail(f"{name} was imported"))
+    assert registry.unavailable("flash") == "flash needs a_package_that_nobody_has, which is not installed"
+    with pytest.raises(Unsupported, match="needs a_package_that_nobody_has"):
+        _ = backends.load("flash")
 
 
 def test_a_refusal_carries_its_reason_and_its_alternatives() -> None:

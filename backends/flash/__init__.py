@@ -3,11 +3,12 @@
 from .append import append_
 from .attention import attention, attention_paged, attention_varlen
 from .declines import declines
+from .launch import INTERPRETED
 from .machine import unavailable
 from .merge import add_sink, merge
 from .rope import rerotate, rotate, rotate_, rotate_qk, rotate_qk_
 
 __all__ = [
-    "add_sink", "append_", "attention", "attention_paged", "attention_varlen", "declines", "merge",
+    "INTERPRETED", "add_sink", "append_", "attention", "attention_paged", "attention_varlen", "declines", "merge",
     "rerotate", "rotate", "rotate_", "rotate_qk", "rotate_qk_", "unavailable",
 ]  # fmt: skip
