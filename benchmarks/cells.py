@@ -6,7 +6,6 @@ arXiv:2307.08691, §4.1). Decode counts the bytes of keys and values, rotation t
 Shapes: b batch, h query heads, g key heads, m queries, n keys, d head dimension.
 """
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
@@ -17,7 +16,7 @@ WIDTH: Final = 2048  # heads · head dimension of the tables
 TOKENS: Final = 16_384  # batch · tokens of the tables
 K: Final = 1024
 ITEM: Final = 2  # bytes of a bf16 element
-TYPICAL: Final = {"h": 32, "g": 8, "d": 128}  # heads of an 8-billion-parameter model
+TYPICAL: Final[dict[str, Any]] = {"h": 32, "g": 8, "d": 128}  # heads of an 8-billion-parameter model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +111,7 @@ def cells() -> list[Cell]:
 def forward() -> list[Cell]:
     """FlashAttention's tables, one long prompt, and a window over it."""
     return [
-        *square("forward", lambda _, length, __: length == TOKENS),
+        *square("forward", {(64, "causal"), (128, "causal"), (128, "full"), (256, "causal")}),
         Cell(section="forward", **TYPICAL, m=128 * K, n=128 * K, mask="causal", quick=True),
         Cell(section="forward", **TYPICAL, m=128 * K, n=128 * K, mask="window", window=4096, quick=True),
     ]
@@ -120,13 +119,10 @@ def forward() -> list[Cell]:
 
 def backward() -> list[Cell]:
     """The same tables, differentiated."""
-    return square(
-        "backward",
-        lambda d, length, mask: length == TOKENS and (d, mask) in {(128, "causal"), (128, "full"), (64, "causal")},
-    )
+    return square("backward", {(64, "causal"), (128, "causal"), (128, "full")})
 
 
-def square(section: str, quick: Callable[[int, int, str], bool]) -> list[Cell]:
+def square(section: str, quick: set[tuple[int, str]]) -> list[Cell]:
     """Tables of equal work: batch · tokens and heads · head dimension are fixed."""
     return [
         Cell(
@@ -139,7 +135,7 @@ def square(section: str, quick: Callable[[int, int, str], bool]) -> list[Cell]:
             d=d,
             mask=mask,
             backward=section == "backward",
-            quick=quick(d, length, mask),
+            quick=length == TOKENS and (d, mask) in quick,
         )
         for d in (64, 128, 256)
         for mask in ("causal", "full")
@@ -173,7 +169,7 @@ def growth() -> list[Cell]:
 def memory() -> list[Cell]:
     """Forward and backward at growing length: what is allocated beyond inputs and results is to be O(n)."""
     return [
-        Cell(section="memory", h=2, g=1, d=128, m=n * K, n=n * K, mask="causal", backward=True, quick=n <= 256)
+        Cell(section="memory", h=2, g=2, d=128, m=n * K, n=n * K, mask="causal", backward=True, quick=n <= 256)
         for n in (4, 16, 64, 256, 1024)
     ]
 
@@ -184,9 +180,23 @@ def problems(cell: Cell) -> tuple[Attention | Rotate, ...]:
     Peers do not promise the second, so it is for backends of this project.
     """
     if cell.rotates:
-        ragged = {"b": cell.b, "h": cell.h, "g": cell.g, "d": cell.d, "planes": cell.d // 2, "dtype": "bfloat16"}
+        ragged: dict[str, Any] = {
+            "b": cell.b,
+            "h": cell.h,
+            "g": cell.g,
+            "d": cell.d,
+            "planes": cell.d // 2,
+            "dtype": "bfloat16",
+        }
         return (Rotate(**ragged, m=333, largest=2**17, seed=1),)
-    heads = {"h": 2 * cell.h // cell.g, "g": 2, "d": cell.d, "e": cell.d, "dtype": "bfloat16", "seed": 1}
+    heads: dict[str, Any] = {
+        "h": 2 * cell.h // cell.g,
+        "g": 2,
+        "d": cell.d,
+        "e": cell.d,
+        "dtype": "bfloat16",
+        "seed": 1,
+    }
     if cell.decodes:
         return (
             Attention(b=3, **heads, m=1, n=1237),

@@ -16,10 +16,12 @@ from ask import Ask, table
 from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from longspan.backends import Unsupported
 
 PAGE: Final = 64  # tokens
+BLOCK: Final = 128  # tokens, of FlexAttention's masks
 Function = Callable[..., tuple[Tensor, ...]]
 
 
@@ -144,23 +146,36 @@ def sdpa(kernel: SDPBackend) -> Callable[[Ask], Function]:
 
 
 def flex(ask: Ask) -> Function:
-    """Enter FlexAttention, compiled for the shape, its block mask made beforehand."""
+    """Enter FlexAttention, compiled for the shape; once for every cache of decode. Its blocks are made beforehand."""
     simple(ask)
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention  # noqa: PLC0415 - slow to import
-
     widen_compile_cache()
     q, k, _ = ask.inputs
-    size = window_of(ask)
+    mask = blocks(q.shape[2], k.shape[2], window_of(ask), q.device) if "causal" in ask.mask else None
+    run = torch.compile(flex_attention, dynamic=ask.cell.decodes)
+    grouped = q.shape[1] != k.shape[1]
+    return lambda q, k, v: (run(q, k, v, block_mask=mask, enable_gqa=grouped),)
+
+
+def blocks(m: int, n: int, window: int | None, device: torch.device) -> BlockMask:
+    """Say which blocks a causal mask shows in part and which whole: by formula, and not from all m × n pairs."""
 
     def sees(_b: Tensor, _h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return (j <= i) if size is None else (j <= i) & (i - j < size)
+        return (j <= i) if window is None else (j <= i) & (i - j < window)
 
-    mask = None
-    if "causal" in ask.mask:
-        # Uncompiled, it would make the whole m × n matrix.
-        mask = torch.compile(create_block_mask)(sees, None, None, q.shape[2], k.shape[2], device=q.device)
-    run = torch.compile(flex_attention, dynamic=False)
-    return lambda q, k, v: (run(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1]),)
+    first_i, first_j = torch.arange(0, m, BLOCK, device=device)[:, None], torch.arange(0, n, BLOCK, device=device)
+    last_i, last_j = first_i + BLOCK - 1, first_j + BLOCK - 1
+    size = m + n if window is None else window
+    some = (first_j <= last_i) & (first_i - last_j < size)
+    whole = (last_j <= first_i) & (last_i - first_j < size) & (last_i < m) & (last_j < n)
+
+    def listed(which: Tensor) -> tuple[Tensor, Tensor]:
+        """How many blocks of each row, and which: those first, in order."""
+        which = which.to(torch.int32)[None, None]
+        return which.sum(-1, dtype=torch.int32), which.argsort(stable=True, dim=-1, descending=True).to(torch.int32)
+
+    return BlockMask.from_kv_blocks(
+        *listed(some & ~whole), *listed(whole), BLOCK_SIZE=BLOCK, mask_mod=sees, seq_lengths=(m, n)
+    )
 
 
 def flash_attn_4(ask: Ask) -> Function:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from ask import Ask, Call, bind, of_cell
@@ -26,6 +26,7 @@ from peers import CEILINGS, Contestant, entrants
 from record import RESULTS, entry, memory_entry, now, path_of, save, significant, versions
 
 Verdicts = dict[str, Verdict]
+PATIENCE: Final = 3.0  # seconds of compilation that pass without a word
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Race longspan's kernels beside their peers on this machine's GPU.")
     parser.add_argument("--quick", action="store_true", help="a subset that ends in about 100 seconds on an H200")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS, help="these tables alone")
+    parser.add_argument("--match", default="", metavar="TEXT", help="cells whose name holds it, as this prints them")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"{ROUNDS} by default")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results file")
     asked = parser.parse_args(arguments)
@@ -41,14 +43,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"race.py needs a GPU that PyTorch can use (CUDA or ROCm), and torch {torch.__version__} finds none here."
         )
         return 2
-    raced = [cell for cell in cells() if cell.section in asked.only and (cell.quick or not asked.quick)]
+    raced = [
+        cell
+        for cell in cells()
+        if cell.section in asked.only and asked.match in cell.name and (cell.quick or not asked.quick)
+    ]
     device = torch.cuda.get_device_name()
     begin = time.monotonic()
+    # Many gates compile side by side: a pool of compilers in each would only contend.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     print(f"{device}: {len(raced)} cells; every contestant conforms first", flush=True)
     verdicts = gated(raced)
     print(f"gated in {time.monotonic() - begin:.0f} s", flush=True)
     runs = []
-    for section in asked.only:
+    for section in dict.fromkeys(cell.section for cell in raced):
         chosen = [cell for cell in raced if cell.section == section]
         run = {"date": now(), "quick": asked.quick, "versions": versions()}
         run["cells"] = [run_cell(cell, verdicts[cell.features], asked.rounds) for cell in chosen]
@@ -64,14 +72,23 @@ def gated(raced: Sequence[Cell]) -> dict[tuple[Any, ...], Verdicts]:
     # Each process takes a core to compile and some memory of the card to check.
     fit = torch.cuda.get_device_properties().total_memory // (8 * 2**30)
     with ThreadPoolExecutor(max(1, min(os.cpu_count() or 1, fit))) as pool:
-        return {group[0].features: verdicts for group, verdicts in zip(found, pool.map(guarded, found), strict=True)}
+        return dict(pool.map(gated_group, found))
+
+
+def gated_group(group: Sequence[Cell]) -> tuple[tuple[Any, ...], Verdicts]:
+    """Gate one group and print what it took."""
+    begin = time.monotonic()
+    verdicts = guarded(group)
+    passed = ", ".join(name for name, verdict in verdicts.items() if verdict.outcome == "passed")
+    print(f"  {time.monotonic() - begin:4.0f} s  {group[0].name}: {passed or 'nobody'} passed", flush=True)
+    return group[0].features, verdicts
 
 
 def run_cell(cell: Cell, verdicts: Verdicts, count: int) -> dict[str, Any]:
     """Race one cell and print its table."""
     names = {contestant.name for contestant in entrants(cell.section)}
     verdicts = {name: verdict for name, verdict in verdicts.items() if name in names}
-    print(f"\n{cell.name}")
+    print(f"\n{cell.name}", flush=True)
     with nullcontext() if cell.backward else torch.no_grad():
         if cell.section == "memory":
             result = memory_entry(cell, peaks(cell, verdicts), verdicts)
@@ -102,7 +119,7 @@ def timed(cell: Cell, verdicts: Verdicts, count: int) -> dict[str, Reading]:
     ready: dict[str, Call] = {}
     for name, contestant in racing.items():
         with out_with(contestant, verdicts):
-            ready[name] = once(enter(name, 0))
+            ready[name] = once(name, lambda name=name: enter(name, 0))
     return race(ready, enter, cell.bytes, count=count)
 
 
@@ -117,14 +134,18 @@ def peaks(cell: Cell, verdicts: Verdicts) -> dict[str, int]:
             return [*results, *torch.autograd.grad(results, leaves, ask.cotangents)]
 
         with out_with(contestant, verdicts):
-            found[contestant.name] = peak(once(both))
+            found[contestant.name] = peak(once(contestant.name, lambda both=both: both))
     return found
 
 
-def once(call: Callable[[], Any]) -> Callable[[], Any]:
-    """Run a call, so that what it lacks shows before anything is timed."""
+def once(name: str, enter: Callable[[], Callable[[], Any]]) -> Callable[[], Any]:
+    """Enter a contestant and run it, so that what it lacks shows before anything is timed."""
+    begin = time.monotonic()
+    call = enter()
     call()
     torch.cuda.synchronize()
+    if time.monotonic() - begin > PATIENCE:
+        print(f"  {name} was ready after {time.monotonic() - begin:.0f} s", flush=True)
     return call
 
 
