@@ -47,7 +47,9 @@ def tiled(choice: Choice) -> Iterator[None]:
     """Launch every kernel with one choice, descriptors only where the tensors allow them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            launch, "choose", lambda key: choice if key.descriptors else Choice(**{**vars(choice), "descriptors": False})
+            launch,
+            "choose",
+            lambda key: choice if key.descriptors else Choice(**{**vars(choice), "descriptors": False}),
         )
         yield
 
@@ -68,7 +70,9 @@ def assert_exact(problem: Attention) -> None:
 
 @few
 @given(problems(), TILES, TILES, st.booleans())
-def test_every_tiling_is_exact_forward_and_backward(problem: Attention, tall: int, wide: int, descriptors: bool) -> None:
+def test_every_tiling_is_exact_forward_and_backward(
+    problem: Attention, tall: int, wide: int, descriptors: bool
+) -> None:
     with tiled(Choice(tile_m=tall, tile_n=wide, num_warps=4, num_stages=1, descriptors=descriptors)):
         assert_exact(problem)
 
@@ -136,7 +140,8 @@ def arguments(seed: int = 0, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Draw q, k and v of a small problem."""
     draw = torch.Generator().manual_seed(seed)
     return tuple(
-        torch.randn(2, h, m, 16, generator=draw).to(DEVICE).requires_grad_(**options) for h, m in ((4, 9), (2, 11), (2, 11))
+        torch.randn(2, h, m, 16, generator=draw).to(DEVICE).requires_grad_(**options)
+        for h, m in ((4, 9), (2, 11), (2, 11))
     )  # pyright: ignore[reportReturnType]
 
 
@@ -156,16 +161,17 @@ def test_a_problem_without_tokens_has_gradients(b: int, m: int, n: int) -> None:
 def test_what_is_not_served_is_declined_by_name() -> None:
     q, k, v = (x.detach() for x in arguments())
     slopes = torch.ones(4, device=DEVICE, requires_grad=True)
-    for wrong, options in (
+    refused: list[tuple[tuple[Tensor, ...], dict[str, Any]]] = [
         ((q.double(), k.double(), v.double()), {}),
         ((q[..., :12], k[..., :12], v), {}),
         ((q[..., ::2], k[..., ::2], v), {}),
         ((q, k, v), {"alibi": slopes}),
         ((q, k, v), {"out_dtype": torch.float64}),
-    ):
+    ]
+    for wrong, options in refused:
         reason = flash.declines("attention", *wrong, **options)
         assert reason is not None
-        with pytest.raises(Unsupported, match="flash.attention"):
+        with pytest.raises(Unsupported, match=r"flash\.attention"):
             flash.attention(*wrong, **options)
     assert flash.declines("attention", q, k, v, mask=masks.causal(), softcap=1.0, alibi=slopes.detach()) is None
 
@@ -224,9 +230,7 @@ def test_a_compiled_graph_holds_the_operators_and_has_the_plain_gradients() -> N
 @pytest.mark.parametrize("dims", [(0, 2, None, 0), (3, None, 1, None)])
 def test_mapping_is_stacking(dims: tuple[int | None, ...]) -> None:
     inputs = [*(x.detach() for x in arguments()), torch.ones(4, device=DEVICE)]
-    wide = [
-        x if dim is None else torch.stack([x, 1 - 2 * x], dim=dim) for x, dim in zip(inputs, dims, strict=True)
-    ]
+    wide = [x if dim is None else torch.stack([x, 1 - 2 * x], dim=dim) for x, dim in zip(inputs, dims, strict=True)]
     gradient = torch.func.grad(energy, argnums=(0, 1, 2, 3))
     found = torch.func.vmap(gradient, in_dims=dims)(*wide)
     for i in range(2):

@@ -63,12 +63,11 @@ def attention(
         ValueError: For what means nothing, as the specification.
         Unsupported: For what `declines_attention` names.
     """
-    serve(
-        declines_attention(
-            q, k, v, scale=scale, softcap=softcap, sink=sink, alibi=alibi,
-            q_offset=q_offset, k_offset=k_offset, out_dtype=out_dtype,
-        )  # fmt: skip
-    )
+    reason = declines_attention(
+        q, k, v, scale=scale, softcap=softcap, sink=sink, alibi=alibi,
+        q_offset=q_offset, k_offset=k_offset, out_dtype=out_dtype,
+    )  # fmt: skip
+    serve(reason)
     seen = lower(mask, q.shape[0], q.shape[2], k.shape[2], q_offset=q_offset, k_offset=k_offset, device=q.device)
     out, lse = attend(
         q, k, v, contiguous(sink), contiguous(alibi), seen.rows, seen.sequences, tuple(seen.interval),
@@ -99,20 +98,31 @@ def declines_attention(
         return f"flash.attention returns fp16, bf16 or fp32, got out_dtype {out_dtype}"
     if not INTERPRETED and q.device.type != "cuda":
         return f"flash.attention runs on a GPU, or on a CPU under TRITON_INTERPRET=1, got tensors on {q.device}"
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.shape[-1] % 8 or x.shape[-1] > WIDEST:
-            return f"flash.attention serves head dimensions that are multiples of 8 up to {WIDEST}, got {x.shape[-1]} of {name}"
-        if x.shape[-2] > LONGEST:
-            return f"flash.attention counts at most {LONGEST} tokens, got {x.shape[-2]} of {name}"
-        if x.stride(-1) != 1 and x.numel():
-            return f"flash.attention reads tensors whose last stride is 1, got strides {list(x.stride())} of {name}"
     if alibi is not None and alibi.requires_grad and torch.is_grad_enabled():
         return "flash.attention has no gradient for alibi, which requires one"
+    return declines_layout("q", q) or declines_layout("k", k) or declines_layout("v", v)
+
+
+def declines_layout(name: str, x: Tensor) -> str | None:
+    """Say why the kernels cannot read a tensor, or None."""
+    if x.shape[-1] % 8 or x.shape[-1] > WIDEST:
+        return f"flash.attention serves head dimensions in steps of 8 up to {WIDEST}, got {x.shape[-1]} of {name}"
+    if x.shape[-2] > LONGEST:
+        return f"flash.attention counts at most {LONGEST} tokens, got {x.shape[-2]} of {name}"
+    if x.stride(-1) != 1 and x.numel():
+        return f"flash.attention reads tensors whose last stride is 1, got strides {list(x.stride())} of {name}"
     return None
 
 
 def attention_varlen(
-    q: Tensor, k: Tensor, v: Tensor, q_lengths: Tensor, k_lengths: Tensor, *, mask: Mask = everything(), **options: Any  # noqa: B008
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_lengths: Tensor,
+    k_lengths: Tensor,
+    *,
+    mask: Mask = everything(),  # noqa: B008
+    **options: Any,
 ) -> AttentionState:
     """Attend within each sequence of a ragged batch, packed as documents; see `longspan.spec.attention_varlen`.
 

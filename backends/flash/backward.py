@@ -1,10 +1,11 @@
-# pyright: basic, reportArgumentType=false
+# pyright: basic, reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 """FlashAttention-2 backward (Dao 2023, arXiv:2307.08691, Algorithm 2), split so that it is deterministic.
 
 One kernel has a program per tile of keys, which reads the queries that see it and sums dk and dv; another a program
 per tile of queries, which sums dq. Scores are recomputed in both (seven matrix products instead of five), and in
 return nothing is added atomically: every number is summed by one program in one order.
-With P the weights, delta = rowsum(dO ∘ O) - dLSE and dS = P ∘ (dO Vᵀ - delta): dq = scale · dS K, dk = scale · dSᵀ Q, dv = Pᵀ dO.
+With P the weights, delta = rowsum(dO ∘ O) - dLSE and dS = P ∘ (dO Vᵀ - delta): dq = scale · dS K,
+dk = scale · dSᵀ Q, dv = Pᵀ dO.
 Shapes: M queries and N keys of a tile, D head and E value dimension padded to a power of two.
 """
 
@@ -108,7 +109,9 @@ def absorb_queries(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["m", "n", "low", "high", "stop", "position", "keep", "rows_size", "alibi_b", "key_tiles"])
+@triton.jit(
+    do_not_specialize=["m", "n", "low", "high", "stop", "position", "keep", "rows_size", "alibi_b", "key_tiles"]
+)
 def backward_keys_kernel(
     q, k, v, d_out, dk, dv, lse_two, delta, alibi, rows, sequences, seers,
     q_b, q_h, q_m, k_b, k_h, k_n, v_b, v_h, v_n, o_b, o_h, o_m, alibi_b,
@@ -280,20 +283,24 @@ def backward_queries_kernel(
 def backward(
     call: Call, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Launch the backward kernels: gradients of q, k, v, contiguous, and of the sinks by sequence, ``[b, h]`` or ``[b, 0]``.
+    """Launch the backward kernels.
 
     Beside the gradients it allocates two float32 numbers a row, and a copy of ``d_out`` if that is of another dtype
     than v or has no unit last stride.
+
+    Returns:
+        Gradients of q, k and v, contiguous, and of the sinks by sequence, ``[b, h]``, or ``[b, 0]`` without sinks.
     """
-    (b, h, m, d), (_, g, n, e) = q.shape, v.shape
+    b, h, m, e = out.shape
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     lse_two, delta = lse.new_empty(2, b, h, m)
     d_out = d_out.to(v.dtype)
     d_out = d_out if d_out.stride(3) == 1 else d_out.contiguous()
+    d_lse = None if d_lse is None else d_lse.contiguous()
     if out.numel():
         tall = 64 if INTERPRETED else 16
         prepare_kernel[(triton.cdiv(b * h * m, tall),)](
-            out, d_out, lse, None if d_lse is None else d_lse.contiguous(), lse_two, delta, *strides(d_out), h, m, e, b * h * m,
+            out, d_out, lse, d_lse, lse_two, delta, *strides(d_out), h, m, e, b * h * m,
             R=tall, E=padded(e), D_LSE=d_lse is not None,
         )  # fmt: skip
     if dq.numel():
@@ -332,7 +339,8 @@ def launch_keys(
     seers = None if call.rows is None else sight(call.rows, call.interval[4], n, wide)
     backward_keys_kernel[(tiles * g * b,)](
         describe(q, tall, choice), describe(k, wide, choice), describe(v, wide, choice), describe(d_out, tall, choice),
-        dk, dv, lse_two, delta, call.alibi, call.rows, call.sequences, seers, *strides(q, k, v, d_out), per_sequence(call.alibi),
+        dk, dv, lse_two, delta, call.alibi, call.rows, call.sequences, seers,
+        *strides(q, k, v, d_out), per_sequence(call.alibi),
         h, h // g, m, n, d, e, *call.interval, b * m, *call.factors, call.scale, tiles,
         **flags(call, choice, q, k, v, d_out),
     )  # fmt: skip

@@ -4,7 +4,9 @@ A documented heuristic. Nothing here is a measurement of the caller's machine.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
+
+Kernel = Literal["forward", "backward_keys", "backward_queries"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +22,7 @@ class Key:
         descriptors: Whether the tensors' strides and alignment allow tensor descriptors.
     """
 
-    kernel: Literal["forward", "backward_keys", "backward_queries"]
+    kernel: Kernel
     architecture: str
     width: int
     itemsize: int
@@ -45,6 +47,29 @@ class Choice:
     num_warps: int
     num_stages: int
     descriptors: bool = False
+
+
+# Kernel, width and whether tensors can be described: tile_m, tile_n, num_warps, num_stages, descriptors.
+HOPPER: Final = {
+    ("forward", 64, True): (128, 64, 4, 3, True),
+    ("forward", 64, False): (128, 64, 4, 3, False),
+    ("forward", 128, True): (128, 64, 8, 3, False),
+    ("forward", 128, False): (128, 64, 8, 3, False),
+    ("forward", 256, True): (128, 64, 8, 2, True),
+    ("forward", 256, False): (128, 32, 8, 3, False),
+    ("backward_keys", 64, True): (64, 64, 4, 3, True),
+    ("backward_keys", 64, False): (64, 64, 4, 3, False),
+    ("backward_keys", 128, True): (64, 64, 4, 2, True),
+    ("backward_keys", 128, False): (32, 64, 4, 3, False),
+    ("backward_keys", 256, True): (32, 64, 8, 2, True),
+    ("backward_keys", 256, False): (32, 64, 8, 2, False),
+    ("backward_queries", 64, True): (128, 64, 4, 3, True),
+    ("backward_queries", 64, False): (64, 64, 4, 3, False),
+    ("backward_queries", 128, True): (128, 64, 8, 3, False),
+    ("backward_queries", 128, False): (128, 64, 8, 3, False),
+    ("backward_queries", 256, True): (64, 32, 8, 2, True),
+    ("backward_queries", 256, False): (64, 32, 8, 2, False),
+}  # fmt: skip
 
 
 def choose(key: Key) -> Choice:
@@ -72,33 +97,11 @@ def hopper(key: Key) -> Choice:
     """sm_90 and up: 228 KB of shared memory, and wgmma, which wants 64 rows for each group of four warps.
 
     Raced on an H200 (triton 3.6.0, bf16, 16k tokens, causal and full): descriptors win where a tile is read by four
-    warps, and lose to pointers where eight share it. Widths above 128 were raced forward only.
+    warps, and lose to pointers where eight share it.
     """
-    tma = key.descriptors
-    wide, narrow = key.width > 128, key.width <= 64
-    match key.kernel:
-        case "forward" if wide:
-            return Choice(tile_m=128, tile_n=64, num_warps=8, num_stages=2, descriptors=tma)
-        case "forward" if narrow:
-            return Choice(tile_m=128, tile_n=64, num_warps=4, num_stages=3, descriptors=tma)
-        case "forward":
-            return Choice(tile_m=128, tile_n=64, num_warps=8, num_stages=3)
-        case "backward_keys" if wide:
-            return Choice(tile_m=32, tile_n=64, num_warps=8, num_stages=2, descriptors=tma)
-        case "backward_keys" if narrow:
-            return Choice(tile_m=64, tile_n=64, num_warps=4, num_stages=3, descriptors=tma)
-        case "backward_keys" if tma:
-            return Choice(tile_m=64, tile_n=64, num_warps=4, num_stages=2, descriptors=True)
-        case "backward_keys":
-            return Choice(tile_m=32, tile_n=64, num_warps=4, num_stages=3)
-        case "backward_queries" if wide:
-            return Choice(tile_m=64, tile_n=32, num_warps=8, num_stages=2, descriptors=tma)
-        case "backward_queries" if narrow and tma:
-            return Choice(tile_m=128, tile_n=64, num_warps=4, num_stages=3, descriptors=True)
-        case "backward_queries" if narrow:
-            return Choice(tile_m=64, tile_n=64, num_warps=4, num_stages=3)
-        case _:
-            return Choice(tile_m=128, tile_n=64, num_warps=8, num_stages=3)
+    width = 64 if key.width <= 64 else 128 if key.width == 128 else 256
+    tile_m, tile_n, num_warps, num_stages, descriptors = HOPPER[key.kernel, width, key.descriptors]
+    return Choice(tile_m=tile_m, tile_n=tile_n, num_warps=num_warps, num_stages=num_stages, descriptors=descriptors)
 
 
 def ampere(key: Key) -> Choice:

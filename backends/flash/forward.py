@@ -1,4 +1,4 @@
-# pyright: basic, reportArgumentType=false
+# pyright: basic, reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 """FlashAttention-2 forward (Dao 2023, arXiv:2307.08691, Algorithm 1): one program per tile of queries.
 
 The fold of `longspan.spec.tiled`, in base two. Key tiles that every row of the query tile sees whole are read in

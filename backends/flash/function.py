@@ -55,7 +55,8 @@ def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:  # 
 
 @torch.library.register_fake("longspan::flash_attention_backward")
 def _(
-    d_out: Tensor, d_lse: Tensor | None, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, *_: Any  # noqa: ARG001
+    _d_out: Tensor, _d_lse: Tensor | None, _out: Tensor, lse: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     return dq, dk, dv, lse.new_empty(q.shape[0], 0 if sink is None else q.shape[1])
@@ -152,15 +153,13 @@ class Attention(torch.autograd.Function):
         return dq, dk, dv, d_sink, *[None] * (3 + len(ctx.options))
 
     @staticmethod
-    def vmap(info: Any, dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, int]]:
+    def vmap(info: Any, dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         """Fold the mapped dimension into the batch."""
         return mapped(Attention, info.batch_size, dims, args, 3)
 
 
 # Where a transform looks through the Function (torch.func.grad inside torch.compile), the operator keeps the gradients.
-torch.library.register_autograd(
-    "longspan::flash_attention", Attention.backward, setup_context=Attention.setup_context
-)
+torch.library.register_autograd("longspan::flash_attention", Attention.backward, setup_context=Attention.setup_context)
 
 
 class AttentionBackward(torch.autograd.Function):

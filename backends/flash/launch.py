@@ -4,14 +4,14 @@ import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import torch
 import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .choices import Choice, Key, choose
+from .choices import Choice, Kernel, Key, choose
 from .lowering import Lowered, all_seen
 from .tiles import split
 
@@ -76,7 +76,7 @@ def architecture() -> str:
     """Name of the current device, for which kernels are compiled."""
     if INTERPRETED:
         return "interpreter"
-    target = triton.runtime.driver.active.get_current_target()
+    target: Any = triton.runtime.driver.active.get_current_target()
     return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
 
 
@@ -94,19 +94,16 @@ def describable(x: Tensor) -> bool:
     return aligned and x.numel() > 0
 
 
-def select(
-    kernel: Literal["forward", "backward_keys", "backward_queries"], call: Call, q: Tensor, k: Tensor, v: Tensor, *more: Tensor
-) -> Choice:
+def select(kernel: Kernel, call: Call, q: Tensor, k: Tensor, v: Tensor, *more: Tensor) -> Choice:
     """Choose how a kernel is launched on these tensors."""
     m, n = q.shape[2], k.shape[2]
     low, high, stop, _, _ = call.interval
     everything = call.rows is None and call.sequences is None and low <= 1 - m and high >= n and stop >= n
-    return choose(
-        Key(
-            kernel=kernel, architecture=architecture(), width=padded(max(q.shape[3], v.shape[3])),
-            itemsize=q.element_size(), masked=not everything, descriptors=all(map(describable, (q, k, v, *more))),
-        )  # fmt: skip
-    )
+    key = Key(
+        kernel=kernel, architecture=architecture(), width=padded(max(q.shape[3], v.shape[3])),
+        itemsize=q.element_size(), masked=not everything, descriptors=all(map(describable, (q, k, v, *more))),
+    )  # fmt: skip
+    return choose(key)
 
 
 def describe(x: Tensor, rows: int, choice: Choice) -> Any:

@@ -27,7 +27,7 @@ def sight(rows: Tensor, keep: int, n: int, size: int) -> Tensor:
     b, m = first.shape
     starts = torch.arange(0, n, size, dtype=torch.int32, device=rows.device).expand(b, -1).contiguous()
     stops = starts + size
-    # The largest so far and the least from here on: monotone whatever the rows are, and the rows themselves where they are.
+    # The largest so far and the least from here on are monotone whatever the rows are.
     first_far, last_far = (x.cummax(1).values if m else x for x in (first, last))
     first_near, last_near = (x.flip(1).cummin(1).values.flip(1).contiguous() if m else x for x in (first, last))
     sees = torch.searchsorted(last_far, starts, right=True), torch.searchsorted(first_near, stops)

@@ -11,7 +11,8 @@ import triton.language as tl
 @triton.jit
 def load_tile(
     source, batch, head, row, rows, width, stride_b, stride_h, stride_n,
-    N: tl.constexpr, W: tl.constexpr, WHOLE: tl.constexpr, CUT: tl.constexpr, DESCRIPTOR: tl.constexpr, FAR: tl.constexpr,
+    N: tl.constexpr, W: tl.constexpr,
+    WHOLE: tl.constexpr, CUT: tl.constexpr, DESCRIPTOR: tl.constexpr, FAR: tl.constexpr,
 ):  # fmt: skip
     """Load rows [row, row + N) of a head, zeros past its ``rows`` and past its ``width``: [N, W].
 
