@@ -61,14 +61,14 @@ HOPPER: Final = {
     ("backward_keys", 64, False): (64, 64, 4, 3, False),
     ("backward_keys", 128, True): (64, 64, 4, 2, True),
     ("backward_keys", 128, False): (32, 64, 4, 3, False),
-    ("backward_keys", 256, True): (32, 64, 8, 2, True),
-    ("backward_keys", 256, False): (32, 64, 8, 2, False),
+    ("backward_keys", 256, True): (64, 64, 8, 2, True),
+    ("backward_keys", 256, False): (64, 64, 8, 2, False),
     ("backward_queries", 64, True): (128, 64, 4, 3, True),
     ("backward_queries", 64, False): (64, 64, 4, 3, False),
     ("backward_queries", 128, True): (128, 64, 8, 3, False),
     ("backward_queries", 128, False): (128, 64, 8, 3, False),
-    ("backward_queries", 256, True): (64, 32, 8, 2, True),
-    ("backward_queries", 256, False): (64, 32, 8, 2, False),
+    ("backward_queries", 256, True): (128, 32, 8, 2, True),
+    ("backward_queries", 256, False): (128, 32, 8, 2, False),
 }  # fmt: skip
 
 
@@ -96,8 +96,8 @@ def exact(key: Key) -> Choice:
 def hopper(key: Key) -> Choice:
     """sm_90 and up: 228 KB of shared memory, and wgmma, which wants 64 rows for each group of four warps.
 
-    Raced on an H200 (triton 3.6.0, bf16, 16k tokens, causal and full): descriptors win where a tile is read by four
-    warps, and lose to pointers where eight share it.
+    Raced on an H200 (triton 3.6.0, bf16, 16k tokens, causal and full), all but the forward pointers of width 256:
+    descriptors win where a tile is read by four warps, and lose to pointers where eight share it.
     """
     width = 64 if key.width <= 64 else 128 if key.width == 128 else 256
     tile_m, tile_n, num_warps, num_stages, descriptors = HOPPER[key.kernel, width, key.descriptors]
