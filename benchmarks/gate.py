@@ -78,21 +78,18 @@ def conforms(contestant: Contestant, cell: Cell, problem: Attention | Rotate, de
     if contestant.name == "device copy":
         return same("the copy", results, (torch.cat([x.flatten() for x in again.inputs]),))
     if contestant.name == "read sweep":
-        return same("a sum", results, sums(again.inputs[1:]))
+        return same("a sum", results, (sums(*again.inputs[1:]),))
     return max(worst(name, x, limit) for x, (name, limit) in zip(results, limits(again).items(), strict=True))
 
 
-def sums(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """What reading each tensor must add up to, stretch by stretch."""
-    from sweep import STEPS, WORDS  # noqa: PLC0415 - needs triton
+def sums(k: Tensor, v: Tensor) -> Tensor:
+    """What reading keys and values must add up to, stretch by stretch."""
+    from sweep import stretch  # noqa: PLC0415 - needs triton
 
-    found = []
-    for x in tensors:
-        words = x.reshape(-1).view(torch.int32).long()
-        size = WORDS * STEPS
-        words = torch.cat([words, words.new_zeros(-words.numel() % size)])
-        found.append(words.view(-1, size).sum(1))
-    return found
+    k, v = (x.reshape(-1).view(torch.int32).long() for x in (k, v))
+    words = k + v
+    size = stretch(len(words))
+    return torch.cat([words, words.new_zeros(-len(words) % size)]).view(-1, size).sum(1)
 
 
 def same(name: str, found: Sequence[Tensor], truth: Sequence[Tensor]) -> float:

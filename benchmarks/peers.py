@@ -228,7 +228,7 @@ def read(_: Ask) -> Function:
         msg = "triton is not installed"
         raise Skipped(msg)
     sweep = import_module("sweep").sweep
-    return lambda _q, k, v: sweep(k, v)
+    return lambda _q, k, v: (sweep(k, v),)
 
 
 def installed(module: str, package: str) -> ModuleType:

@@ -1,6 +1,6 @@
 """Race longspan's kernels beside their peers on this machine's GPU, and record what was measured.
 
-    python benchmarks/race.py --quick                    # about 100 seconds on an H200
+    python benchmarks/race.py --quick                    # a few problems of each table
     python benchmarks/race.py --only decode rotate       # some tables, whole
 
 Every contestant conforms to the error budget before it is timed (`gate`), and is timed as `clock` says. A contestant
@@ -32,7 +32,7 @@ PATIENCE: Final = 3.0  # seconds of compilation that pass without a word
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
     parser = argparse.ArgumentParser(description="Race longspan's kernels beside their peers on this machine's GPU.")
-    parser.add_argument("--quick", action="store_true", help="a subset that ends in about 100 seconds on an H200")
+    parser.add_argument("--quick", action="store_true", help="a few problems of each table")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS, help="these tables alone")
     parser.add_argument("--match", default="", metavar="TEXT", help="cells whose name holds it, as this prints them")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"{ROUNDS} by default")
@@ -55,13 +55,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{device}: {len(raced)} cells; every contestant conforms first", flush=True)
     verdicts = gated(raced)
     print(f"gated in {time.monotonic() - begin:.0f} s", flush=True)
-    runs = []
+    runs: list[dict[str, Any]] = []
     for section in dict.fromkeys(cell.section for cell in raced):
         chosen = [cell for cell in raced if cell.section == section]
-        run = {"date": now(), "quick": asked.quick, "versions": versions()}
-        run["cells"] = [run_cell(cell, verdicts[cell.features], asked.rounds) for cell in chosen]
-        save(path_of(device, asked.out), device, section, run)
-        runs.append(run)
+        runs.append({"date": now(), "quick": asked.quick, "versions": versions(), "cells": []})
+        for cell in chosen:
+            runs[-1]["cells"].append(run_cell(cell, verdicts[cell.features], asked.rounds))
+            save(path_of(device, asked.out), device, section, runs[-1])  # what is cut short leaves what it measured
     print(f"wrote {path_of(device, asked.out)} after {time.monotonic() - begin:.0f} s")
     return conclude(runs)
 
