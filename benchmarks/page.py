@@ -1,6 +1,7 @@
 """Results as Markdown: every table of the page, made from the results files and from nothing else."""
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any, Final
 
 from peers import CEILINGS
@@ -49,13 +50,9 @@ def device(found: dict[str, Any], images: set[str]) -> str:
     for section, run in found["sections"].items():
         parts.append(f"### {TITLES[section]}")
         parts.append(origin(run))
-        if section == "memory":
-            parts.append(memory(run["cells"]))
-        else:
-            parts.append(grid(section, run["cells"]))
-        if section == "growth":
-            parts.append(growth(run["cells"]))
-        parts += absentees(run["cells"])
+        cells = run["cells"]
+        parts.append({"memory": memory, "growth": growth}.get(section, partial(grid, section))(cells))
+        parts += absentees(cells)
         image = picture(found["device"], section)
         if image in images:
             parts.append(f"![{TITLES[section]}, {found['device']}](images/{image})")
@@ -106,8 +103,9 @@ def growth(cells: Sequence[dict[str, Any]]) -> str:
             rate = x["median_us"] / tokens**2
             first.setdefault(x["kernel"], rate)
             ratio = f"{rate / first[x['kernel']]:.3f}"
-            rows.append([x["kernel"], thousands(tokens), f"{short(x['median_us'] / 1000)} ms", ratio])
-    return table(["contestant", "tokens", "time", "time over tokens², by the first"], rows)
+            time = f"{short(x['median_us'] / 1000)} ms"
+            rows.append([x["kernel"], label("growth", cell["cell"]), time, f"{short(x['figure'])} {x['unit']}", ratio])
+    return table(["contestant", "problem, causal", "time", "rate", "time over tokens², by the first"], rows)
 
 
 def memory(cells: Sequence[dict[str, Any]]) -> str:

@@ -166,7 +166,7 @@ def blocks(m: int, n: int, window: int | None, device: torch.device) -> BlockMas
     last_i, last_j = first_i + BLOCK - 1, first_j + BLOCK - 1
     size = m + n if window is None else window
     some = (first_j <= last_i) & (first_i - last_j < size)
-    whole = (last_j <= first_i) & (last_i - first_j < size) & (last_i < m) & (last_j < n)
+    whole = (last_j <= first_i) & (last_i - first_j < size) & (last_i < m)
 
     def listed(which: Tensor) -> tuple[Tensor, Tensor]:
         """How many blocks of each row, and which: those first, in order."""

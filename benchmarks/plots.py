@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
-import matplotlib as mpl
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from page import names, picture, render, replaced, thousands
 from record import RESULTS, load
 
@@ -17,6 +17,7 @@ ROOT: Final = Path(__file__).parents[1]
 PAGE: Final = ROOT / "docs" / "benchmarks.md"
 IMAGES: Final = ROOT / "docs" / "images"
 OWN: Final = ("flash", "hopper")  # drawn strong
+COLUMNS: Final = 3
 
 Cells = Sequence[dict[str, Any]]
 Line = dict[float, float]
@@ -34,7 +35,7 @@ def panels(section: str, cells: Cells) -> dict[str, dict[str, Line]]:
         of = cell["cell"]
         title = {
             "rotate": "backward" if of["backward"] else "forward",
-            "decode": f"batch {of['b']}" if of["b"] == 1 else "batches",
+            "decode": f"batch {of['b']}",
             "growth": "causal",
             "memory": "forward and backward, causal",
         }.get(section, f"d{of['d']}, {of['h']}/{of['g']} heads, {of['mask']}")
@@ -60,38 +61,39 @@ def axis(section: str) -> str:
 
 
 def draw(device: str, section: str, cells: Cells, folder: Path) -> Path | None:
-    """Draw one table; None where it holds no figure."""
-    from matplotlib import pyplot as plt  # noqa: PLC0415 - after the renderer was chosen
-
+    """Draw one table into a file; None where it holds no figure."""
     found = panels(section, cells)
     if not found:
         return None
-    figure, axes = plt.subplots(
-        1, len(found), figsize=(1.2 + 3.4 * len(found), 3.6), squeeze=False, sharey=True, layout="constrained"
-    )
-    colours = {name: f"C{i}" for i, name in enumerate(names(cells))}
-    for ax, (title, lines) in zip(axes[0], found.items(), strict=True):
+    path = folder / picture(device, section)
+    folder.mkdir(parents=True, exist_ok=True)
+    sketch(device, section, found, names(cells)).savefig(path, dpi=110, metadata={"Software": None})
+    return path
+
+
+def sketch(device: str, section: str, found: dict[str, dict[str, Line]], order: Sequence[str]) -> Figure:
+    """Draw the panels of one table, all on one scale."""
+    columns = min(COLUMNS, len(found))
+    rows = -(-len(found) // columns)
+    figure = Figure(figsize=(1.2 + 3.2 * columns, 0.8 + 2.8 * rows), layout="constrained")
+    axes = [figure.add_subplot(rows, columns, i + 1) for i in range(len(found))]
+    colours = {name: f"C{i}" for i, name in enumerate(order)}
+    most = max(figure for lines in found.values() for line in lines.values() for figure in line.values()) or 1.0
+    for ax, (title, lines) in zip(axes, found.items(), strict=True):
         panel(ax, title, lines, colours)
         if section == "memory":
             ax.set_yscale("symlog", linthresh=1)
-        else:
-            ax.set_ylim(bottom=0)
-    axes[0][0].set_ylabel(axis(section))
-    handles = {line.get_label(): line for ax in axes[0] for line in ax.get_lines()}
+        ax.set_ylim(0, 1.08 * most)
+    for ax in axes[::columns]:
+        ax.set_ylabel(axis(section))
+    handles = {str(line.get_label()): line for ax in axes for line in ax.get_lines()}
+    shown = [name for name in order if name in handles]
     figure.legend(
-        handles.values(),
-        handles.keys(),
-        loc="outside lower center",
-        ncols=min(5, len(handles)),
-        frameon=False,
+        [handles[name] for name in shown], shown, loc="outside lower center", ncols=min(5, len(shown)), frameon=False,
         fontsize=8,
-    )
+    )  # fmt: skip
     figure.suptitle(device, fontsize=10)
-    path = folder / picture(device, section)
-    folder.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
-    plt.close(figure)
-    return path
+    return figure
 
 
 def panel(ax: Axes, title: str, lines: dict[str, Line], colours: dict[str, str]) -> None:
@@ -120,7 +122,6 @@ def made(found: Sequence[dict[str, Any]]) -> str:
 
 def main() -> int:
     """Draw everything, then write the page that shows it."""
-    mpl.use("Agg")
     found = recorded()
     for results in found:
         for section, run in results["sections"].items():

@@ -18,8 +18,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 from longspan.backends import eager, sdpa
 from longspan.spec import masks
 
-ROOT = Path(__file__).parents[1]
-BENCHMARKS = ROOT / "benchmarks"
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 pytestmark = pytest.mark.skipif(not BENCHMARKS.is_dir(), reason="needs the sources")
 Bench = SimpleNamespace
 Patch = pytest.MonkeyPatch
@@ -88,16 +87,16 @@ def test_every_gate_of_attention_has_dead_slots_and_sizes_that_no_tile_divides(b
 class Planted:
     """A backend that attends well, except for one mistake."""
 
-    def __init__(self, spoil: Callable[[Any], Any], **kept: Any) -> None:
+    def __init__(self, spoil: Callable[[Any, Any], Any], **kept: Any) -> None:
         self.spoil, self.kept = spoil, kept
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
         """Attend, and spoil the result."""
-        return self.spoil(eager.attention(q, k, v, **{**options, **self.kept}))
+        return self.spoil(eager.attention(q, k, v, **{**options, **self.kept}), v)
 
     def rotate_qk(self, q: Tensor, k: Tensor, position: Tensor, rotation: Any) -> Any:
         """Rotate, and spoil the result."""
-        return self.spoil(eager.rotate_qk(q, k, position, rotation))
+        return self.spoil(eager.rotate_qk(q, k, position, rotation), None)
 
     def declines(self, *_: Any, **__: Any) -> None:
         """Decline nothing."""
@@ -109,21 +108,21 @@ def entered(bench: Bench, monkeypatch: Patch, module: Any, *, own: bool = True) 
     return bench.peers.Contestant("planted", ("forward",), bench.peers.own("planted"), own=own)
 
 
-def unwritten(state: Any) -> Any:
+def unwritten(state: Any, _: Any) -> Any:
     """Leave one element of one row as it was before."""
-    out = state.out.clone()
-    out[0, 0, -1, -1] = math.nan
-    return state._replace(out=out)
+    state.out[0, 0, -1, -1] = math.nan
+    return state
 
 
 WINDOW = masks.causal() & masks.window(99)
 WRONG = {
-    "weights of sum 1.03": ({}, Planted(lambda state: state._replace(out=state.out * 1.03))),
-    "gradients off by 3 %": ({"backward": True}, Planted(lambda state: state._replace(out=state.out * 1.03))),
+    "weights of sum 1.03": ({}, Planted(lambda state, _: state._replace(out=state.out * 1.03))),
+    "gradients off by 3 %": ({"backward": True}, Planted(lambda state, _: state._replace(out=state.out * 1.03))),
+    "dead slots that leak": ({}, Planted(lambda state, v: state._replace(out=state.out + 0 * v.mean()))),
     "an element never written": ({}, Planted(unwritten)),
-    "a window off by one": ({"mask": "window", "window": 100}, Planted(lambda state: state, mask=WINDOW)),
-    "keys off by 2 %": ({"section": "rotate"}, Planted(lambda qk: (qk[0], 1.02 * qk[1]))),
-    "rotated gradients": ({"section": "rotate", "backward": True}, Planted(lambda qk: (qk[0], 1.02 * qk[1]))),
+    "a window off by one": ({"mask": "window", "window": 100}, Planted(lambda state, _: state, mask=WINDOW)),
+    "keys off by 2 %": ({"section": "rotate"}, Planted(lambda qk, _: (qk[0], 1.02 * qk[1]))),
+    "rotated gradients": ({"section": "rotate", "backward": True}, Planted(lambda qk, _: (qk[0], 1.02 * qk[1]))),
 }
 
 
@@ -131,7 +130,7 @@ WRONG = {
 def test_the_gate_refuses_what_is_wrong_and_passes_what_is_right(bench: Bench, monkeypatch: Patch, bug: str) -> None:
     features, module = WRONG[bug]
     cell = small(bench, **features)
-    right = bench.gate.judge(entered(bench, monkeypatch, Planted(lambda result: result)), cell, "cpu")
+    right = bench.gate.judge(entered(bench, monkeypatch, Planted(lambda result, _: result)), cell, "cpu")
     assert (right.outcome, right.reason) == ("passed", "")
     assert 0 < right.worst < 1
     wrong = bench.gate.judge(entered(bench, monkeypatch, module), cell, "cpu")
@@ -140,7 +139,7 @@ def test_the_gate_refuses_what_is_wrong_and_passes_what_is_right(bench: Bench, m
 
 
 def test_a_backend_that_breaks_has_failed_and_a_peer_that_cannot_is_skipped(bench: Bench, monkeypatch: Patch) -> None:
-    def broken(_: Any) -> Any:
+    def broken(*_: Any) -> Any:
         message = "no kernel image\nand more"
         raise RuntimeError(message)
 
@@ -289,7 +288,6 @@ def test_pictures_and_tables_show_every_figure(bench: Bench, monkeypatch: Patch,
     _, results = raced(bench, monkeypatch, tmp_path)
     run = results["sections"]["forward"]
     monkeypatch.setattr(bench.plots, "IMAGES", tmp_path)
-    bench.plots.mpl.use("Agg")
     path = bench.plots.draw(results["device"], "forward", run["cells"], tmp_path)
     assert path.read_bytes().startswith(b"\x89PNG")
     text = bench.plots.made([results])
@@ -298,3 +296,5 @@ def test_pictures_and_tables_show_every_figure(bench: Bench, monkeypatch: Patch,
     assert "- flash failed in 1 of 1: flash said so" in text
     figures = {x["kernel"]: {40: x["figure"]} for x in run["cells"][0]["readings"]}
     assert bench.plots.panels("forward", run["cells"]) == {"d16, 2/1 heads, causal": figures}
+    two = bench.plots.sketch("GPU", "forward", {"low": {"a": {1024: 1.0}}, "high": {"a": {1024: 9.0}}}, ["a"])
+    assert [ax.get_ylim()[1] > 9 for ax in two.axes] == [True, True]  # nothing is drawn outside of its panel
