@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from longspan.spec import (
@@ -33,7 +34,8 @@ def declines(operation: str, *args: Any, **kwargs: Any) -> str | None:  # noqa: 
 
 
 def append_(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot: Tensor, **kwargs: Any) -> None:
-    """Write new keys and values into a cache in place; see `longspan.spec.append`."""
-    keys, values = append(k, v, k_cache, v_cache, slot, **kwargs)
-    k_cache.copy_(keys)
-    v_cache.copy_(values)
+    """Write new keys and values into a cache in place, through which no gradient flows; see `longspan.spec.append`."""
+    with torch.no_grad():
+        keys, values = append(k, v, k_cache, v_cache, slot, **kwargs)
+        k_cache.copy_(keys)
+        v_cache.copy_(values)

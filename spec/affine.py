@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Int, Int64
 from torch import Tensor
 
-from .masks import Causal, Lengths, Mask, Window
+from .masks import Causal, Lengths, Mask, Window, check_mask
 
 
 class Affine(NamedTuple):
@@ -44,6 +44,7 @@ def affine(
         k_offset: Position of the first key given.
         device: Where lengths are taken to.
     """
+    check_mask(mask)
     low: list[int] = []
     high: list[int] = []
     end: int | Tensor = k_offset + n

@@ -42,22 +42,25 @@ def append(
         IndexError: For a slot outside the cache.
     """
     check_append(k, v, k_cache, v_cache, slot, position, rotation is not None)
-    if rotation is not None and position is not None:
-        turned = rotate(
-            rearrange(k, "tokens g d -> tokens g 1 d"),
-            rearrange(position, "... tokens -> ... tokens 1"),
-            rotation,
-            pairing=pairing,
-        )
-        k = rearrange(turned, "tokens g 1 d -> tokens g d")
+    k = k if rotation is None or position is None else turned(k, position, rotation, pairing)
     return write(k_cache, k, slot), write(v_cache, v, slot)
+
+
+def turned(
+    k: Float[Tensor, "tokens g d"], position: Int[Tensor, "*axes tokens"], rotation: Rotation, pairing: Pairing
+) -> Float[Tensor, "tokens g d"]:
+    """Rotate new keys, each a sequence of one token."""
+    heads, at = rearrange(k, "tokens g d -> tokens g 1 d"), rearrange(position, "... tokens -> ... tokens 1")
+    return rearrange(rotate(heads, at, rotation, pairing=pairing), "tokens g 1 d -> tokens g d")
 
 
 def write(
     cache: Float[Tensor, "rows g size d"], x: Float[Tensor, "tokens g d"], slot: Int[Tensor, " tokens"]
 ) -> Float[Tensor, "rows g size d"]:
     """Replace the slots that are named, and no other."""
-    flat = rearrange(cache, "rows g size d -> (rows size) g d")
     kept = slot >= 0
+    if not cache.numel():
+        return cache
+    flat = rearrange(cache, "rows g size d -> (rows size) g d")
     written = flat.index_copy(0, slot[kept].long(), x[kept].to(cache.dtype))
     return rearrange(written, "(rows size) g d -> rows g size d", size=cache.shape[2])

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Int, Int64
 from torch import Tensor
 
 from .checks import refuse
-from .masks import Causal, Chunks, Documents, Lengths, Mask, Prefix, Spans, Term, Window
+from .masks import Causal, Chunks, Documents, Lengths, Mask, Prefix, Spans, Term, Window, check_mask
 
 
 class Bounds(NamedTuple):
@@ -151,7 +151,8 @@ def per_row(values: Int[Tensor, "*b m"], b: int, m: int) -> Int64[Tensor, "b m"]
 
 
 def check_fit(mask: Mask, b: int, m: int, q_offset: int | Tensor | None) -> None:
-    """Refuse terms whose tensors were made for another batch or another number of queries."""
+    """Refuse what is no mask, and terms whose tensors were made for another batch or another number of queries."""
+    check_mask(mask)
     for term in mask.terms:
         match term:
             case Lengths(lengths) if list(lengths.shape) != [b]:

@@ -5,6 +5,7 @@ values of a tensor: on a GPU that would stall the caller.
 """
 
 import math
+from numbers import Integral
 from typing import Final
 
 import torch
@@ -24,6 +25,19 @@ def refuse(what: str, allowed: str, got: object) -> None:
     """Raise the one kind of message this project has: what was wrong, what is allowed, what it got."""
     msg = f"{what} must be {allowed}, got {got}"
     raise ValueError(msg)
+
+
+def check_tensors(**tensors: object) -> None:
+    """Refuse what is no tensor."""
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor):
+            refuse(name, "a tensor", type(x).__name__)
+
+
+def check_count(what: str, value: object, least: int) -> None:
+    """Refuse what is no whole number from ``least`` to below 2^31."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or not least <= int(value) < 2**31:
+        refuse(what, f"a whole number of at least {least} and below 2^31", repr(value))
 
 
 def same_device(**tensors: object) -> None:
@@ -47,6 +61,7 @@ def check_rotate(
     x: Tensor, position: Tensor, inv_freq: Tensor, factor: float | Tensor, axis: Tensor | None, pairing: str
 ) -> None:
     """Refuse a rotation that does not fit the heads or the tokens it is given."""
+    check_tensors(x=x, position=position, inv_freq=inv_freq)
     same_device(x=x, position=position, inv_freq=inv_freq, attention_factor=factor, axis=axis)
     if pairing not in PAIRINGS:
         refuse("pairing", " or ".join(PAIRINGS), repr(pairing))
@@ -60,8 +75,23 @@ def check_rotate(
     shapes = ([m], [1, m], [b, m]) if position.ndim < 3 else ([position.shape[0], 1, m], [position.shape[0], b, m])
     if list(position.shape) not in shapes:
         refuse("position", f"[{m}], [{b}, {m}] or [axes, {b}, {m}] for x {list(x.shape)}", list(position.shape))
-    if list(inv_freq.shape[:-1]) not in ([], [1], [b]):
-        refuse("rows of inv_freq", f"none, 1 or the batch of {b}", list(inv_freq.shape[:-1]))
+    if inv_freq.ndim < 1 or inv_freq.dtype != torch.float64 or list(inv_freq.shape[:-1]) not in ([], [1], [b]):
+        got = f"{inv_freq.dtype} {list(inv_freq.shape)}"
+        refuse("inv_freq", f"float64 [planes], [1, planes] or [{b}, planes] for a batch of {b}", got)
+    if isinstance(factor, Tensor) and list(factor.shape) not in ([], [1], [b]):
+        refuse("attention_factor", f"a number, or numbers [1] or [{b}]", list(factor.shape))
+    if axis is not None and (axis.dtype != torch.int64 or list(axis.shape) != [inv_freq.shape[-1]]):
+        refuse("axis", f"int64, one number per plane, [{inv_freq.shape[-1]}]", f"{axis.dtype} {list(axis.shape)}")
+    if position.ndim == 3 and position.shape[0] == 0:
+        refuse("position", "given for at least one axis", list(position.shape))
+
+
+def check_rerotate(old: Tensor, new: Tensor, factor: float | Tensor) -> None:
+    """Refuse rotations between which no key can be moved."""
+    if old.shape[-1] != new.shape[-1]:
+        refuse("rotations of rerotate", "of equally many planes", [old.shape[-1], new.shape[-1]])
+    if not isinstance(factor, Tensor) and factor == 0:
+        refuse("attention_factor of the old rotation", "other than 0", factor)
 
 
 def check_attention(  # noqa: C901
@@ -78,6 +108,8 @@ def check_attention(  # noqa: C901
     out_dtype: torch.dtype | None,
 ) -> None:
     """Refuse an attention problem whose parts do not fit each other."""
+    given = {"sink": sink, "alibi": alibi}
+    check_tensors(q=q, k=k, v=v, **{name: x for name, x in given.items() if x is not None})
     same_device(q=q, k=k, v=v, sink=sink, alibi=alibi, q_offset=q_offset)
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 4 or x.dtype not in FLOATS:
@@ -96,23 +128,27 @@ def check_attention(  # noqa: C901
             "a multiple of k heads, and no head empty",
             f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}",
         )
-    for name, x in (("sink", sink), ("alibi", alibi)):
+    for name, x in given.items():
         if x is not None and (list(x.shape) != [q.shape[1]] or x.dtype not in FLOATS):
             refuse(name, f"one floating number per head, [{q.shape[1]}]", f"{x.dtype} {list(x.shape)}")
-    if scale is not None and not math.isfinite(scale):
-        refuse("scale", "finite", scale)
-    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
+    if scale is not None and (isinstance(scale, Tensor) or not math.isfinite(scale)):
+        refuse("scale", "a finite number, and no tensor", scale)
+    if softcap is not None and not 0 < softcap <= torch.finfo(floating(q)).max:
         refuse("softcap", "a finite number above 0, or None", softcap)
-    if isinstance(q_offset, Tensor) and (list(q_offset.shape) != [q.shape[0]] or q_offset.is_floating_point()):
-        refuse("q_offset", f"an int or an integer tensor [{q.shape[0]}]", f"{q_offset.dtype} {list(q_offset.shape)}")
-    if k_offset < 0:
-        refuse("k_offset", "at least 0", k_offset)
+    if isinstance(q_offset, Tensor):
+        if list(q_offset.shape) != [q.shape[0]] or q_offset.dtype not in INTEGERS:
+            got = f"{q_offset.dtype} {list(q_offset.shape)}"
+            refuse("q_offset", f"an int or an integer tensor [{q.shape[0]}]", got)
+    elif q_offset is not None:
+        check_count("q_offset", q_offset, -(2**31))
+    check_count("k_offset", k_offset, 0)
     if out_dtype is not None and out_dtype not in FLOATS:
         refuse("out_dtype", f"one of {', '.join(map(str, FLOATS))}", out_dtype)
 
 
 def check_lengths(**lengths: Tensor) -> None:
     """Refuse lengths that are not one integer per sequence, equally many everywhere."""
+    check_tensors(**lengths)
     shapes = {name: list(x.shape) for name, x in lengths.items()}
     if (
         any(x.ndim != 1 or x.dtype not in INTEGERS for x in lengths.values())
@@ -121,8 +157,17 @@ def check_lengths(**lengths: Tensor) -> None:
         refuse(" and ".join(lengths), "int32 or int64, one number per sequence", shapes)
 
 
+def check_ragged(**ragged: Tensor) -> None:
+    """Refuse heads that are not laid out as tokens of all sequences, one after the other."""
+    check_tensors(**ragged)
+    for name, x in ragged.items():
+        if x.ndim != 3:
+            refuse(name, "[tokens, heads, head_dim]", list(x.shape))
+
+
 def check_pages(k_pages: Tensor, v_pages: Tensor, table: Tensor, lengths: Tensor) -> None:
-    """Refuse a block table that cannot hold the lengths, or names pages that the pool lacks."""
+    """Refuse a pool or a block table of the wrong shape."""
+    check_tensors(k_pages=k_pages, v_pages=v_pages, table=table)
     same_device(k_pages=k_pages, v_pages=v_pages, table=table, lengths=lengths)
     if k_pages.ndim != 4 or v_pages.ndim != 4 or k_pages.shape[:3] != v_pages.shape[:3] or k_pages.shape[2] == 0:
         refuse(
@@ -148,6 +193,7 @@ def check_append(
     rotated: bool,  # noqa: FBT001
 ) -> None:
     """Refuse new tokens that do not fit the cache they are written to."""
+    check_tensors(k=k, v=v, k_cache=k_cache, v_cache=v_cache, slot=slot)
     same_device(k=k, v=v, k_cache=k_cache, v_cache=v_cache, slot=slot, position=position)
     for name, x, cache in (("k", k, k_cache), ("v", v, v_cache)):
         if x.ndim != 3 or cache.ndim != 4 or (x.shape[1], x.shape[2]) != (cache.shape[1], cache.shape[3]):

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from .checks import INTEGERS, refuse, same_device
+from .checks import INTEGERS, check_count, check_tensors, refuse, same_device
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,7 @@ class Mask:
 
     def __and__(self, other: "Mask") -> "Mask":
         """See what both masks see."""
+        check_mask(other)
         joined = Mask(self.terms + other.terms)
         check_join(joined.terms)
         return joined
@@ -107,27 +108,24 @@ def causal() -> Mask:
 def window(size: int, *, ahead: int = 0, keep_first: int = 0) -> Mask:
     """See ``size`` keys up to the query's own, and ``ahead`` after it: ``i - size < j <= i + ahead``.
 
-    ``keep_first`` keys at the start of the document stay visible, never beyond the right edge
-    (attention sinks of StreamingLLM, arXiv:2309.17453, §3.2).
+    ``keep_first`` keys at the start of the document stay visible, never beyond the right edge (attention sinks of
+    StreamingLLM, arXiv:2309.17453, §3.2: the mask alone, for that paper also counts positions inside its cache).
     """
-    if size < 1:
-        refuse("window size", "at least 1, the query's own key", size)
-    if ahead < 0 or keep_first < 0:
-        refuse("window ahead and keep_first", "at least 0", f"{ahead} and {keep_first}")
+    check_count("window size, the query's own key included,", size, 1)
+    check_count("window ahead", ahead, 0)
+    check_count("window keep_first", keep_first, 0)
     return Mask((Window(size, ahead, keep_first),))
 
 
 def prefix(length: int) -> Mask:
     """See the first ``length`` keys from everywhere, and causally after them (prefix-LM, arXiv:1910.10683, §3.2.1)."""
-    if length < 0:
-        refuse("prefix length", "at least 0", length)
+    check_count("prefix length", length, 0)
     return Mask((Prefix(length),))
 
 
 def chunks(size: int) -> Mask:
     """See only keys of the query's own chunk of ``size`` positions: ``i // size == j // size`` (Llama 4)."""
-    if size < 1:
-        refuse("chunk size", "at least 1", size)
+    check_count("chunk size", size, 1)
     return Mask((Chunks(size),))
 
 
@@ -165,12 +163,17 @@ def spans(
 
     For shardings that no other term describes (rings, striped shards). Joins with nothing.
     """
-    same_device(first=first, last=last, base=base)
-    shapes = {tuple(x.shape) for x in (first, last, base) if x is not None}
+    given = {"first": first, "last": last} | ({} if base is None else {"base": base})
+    check_tensors(**given)
+    same_device(**given)
+    if any(x.dtype not in INTEGERS for x in given.values()):
+        refuse("first, last and base of spans", "int32 or int64", [x.dtype for x in given.values()])
+    shapes = {tuple(x.shape) for x in given.values()}
     if len(shapes) != 1 or first.ndim not in {1, 2}:
         refuse("first, last and base of spans", "all [m] or all [b, m]", sorted(map(list, shapes)))
-    if keep < 0 or (keep and base is None):
-        refuse("keep of spans", "at least 0, and 0 where there is no base", keep)
+    check_count("keep of spans", keep, 0)
+    if keep and base is None:
+        refuse("keep of spans", "0 where there is no base", keep)
     return Mask((Spans(first, last, base, keep),))
 
 
@@ -180,9 +183,15 @@ def integers(name: str, values: Tensor | Sequence[int]) -> Tensor:
         if values.dtype not in INTEGERS:
             refuse(name, "int32 or int64", values.dtype)
         return values
-    if any(value < 0 for value in values):
-        refuse(name, "at least 0", list(values))
+    for value in values:
+        check_count(name, value, 0)
     return torch.tensor(values, dtype=torch.int64)
+
+
+def check_mask(mask: object) -> None:
+    """Refuse what is no mask: a matrix, a function, a term, nothing."""
+    if not isinstance(mask, Mask):
+        refuse("mask", "made by longspan.spec.masks, masks.causal() for one", type(mask).__name__)
 
 
 def check_join(terms: tuple[Term, ...]) -> None:

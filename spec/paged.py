@@ -10,7 +10,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .checks import check_lengths, check_pages
+from .checks import check_lengths, check_pages, check_ragged, refuse
 from .masks import Mask, everything
 from .state import AttentionState
 from .varlen import attention_varlen
@@ -55,6 +55,7 @@ def attention_paged(
     Raises:
         ValueError: For a table that does not fit the lengths or the pool, and as `attention`.
     """
+    check_ragged(q=q)
     check_lengths(q_lengths=q_lengths, lengths=lengths)
     check_pages(k_pages, v_pages, table, lengths)
     return attention_varlen(
@@ -67,10 +68,18 @@ def attention_paged(
 def gather(
     pages: Float[Tensor, "pages g page d"], table: Int[Tensor, "b t"], lengths: Int[Tensor, " b"]
 ) -> Float[Tensor, "n g d"]:
-    """Lay the pages of every sequence out as ragged tokens."""
-    size = pages.shape[2]
+    """Lay the pages of every sequence out as ragged tokens.
+
+    Raises:
+        ValueError: For a length that its row of the table cannot hold, or a page that the pool lacks.
+    """
+    size, counts = pages.shape[2], [int(length) for length in lengths]
+    if any(not 0 <= count <= table.shape[1] * size for count in counts):
+        refuse("lengths", f"0 to {table.shape[1] * size}, what {table.shape[1]} pages of {size} hold", counts)
+    used = [row[: -(-count // size)] for row, count in zip(table.to(torch.int64), counts, strict=True)]
+    if any(bool(((row < 0) | (row >= pages.shape[0])).any()) for row in used):
+        refuse("table", f"0 to {pages.shape[0] - 1}, the pages of the pool, inside the lengths", table)
     sequences = [
-        rearrange(pages[row[: -(-int(length) // size)]], "t g page d -> (t page) g d")[: int(length)]
-        for row, length in zip(table.to(torch.int64), lengths, strict=True)
+        rearrange(pages[row], "t g page d -> (t page) g d")[:count] for row, count in zip(used, counts, strict=True)
     ]
     return torch.cat(sequences) if sequences else rearrange(pages[:0], "t g page d -> (t page) g d")

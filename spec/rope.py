@@ -14,7 +14,7 @@ from einops import rearrange
 from jaxtyping import Float, Float64, Int, Int64
 from torch import Tensor
 
-from .checks import check_rotate, floating, refuse
+from .checks import check_planes, check_rerotate, check_rotate, floating
 from .pairing import Pairing, join, split
 
 
@@ -50,6 +50,7 @@ class Rotation:
 
 def inv_freq(d: int, *, base: float = 10_000.0, device: torch.device | str | None = None) -> Float64[Tensor, " p"]:
     """Radians per token of each plane of ``d`` rotated coordinates: ``base^(-2p / d)`` (§3.2.2)."""
+    check_planes("inv_freq", d, base=base)
     plane = torch.arange(0, d, 2, dtype=torch.float64, device=device)
     return base ** (-plane / d)
 
@@ -57,7 +58,8 @@ def inv_freq(d: int, *, base: float = 10_000.0, device: torch.device | str | Non
 def angle(position: Int[Tensor, "*shape"], rotation: Rotation) -> Float64[Tensor, "..."]:
     """Radians each plane has turned, [m, p] or [b, m, p]: ``position · inv_freq``.
 
-    A float64 product is exact to 1.2e-7 rad below position 2^31; a float32 one is off by 3e-2 at a million.
+    For speeds up to 1 rad a token a float64 product is exact to 1.2e-7 rad below position 2^31; a float32 one is
+    off by 3e-2 at a million.
     """
     if position.ndim == 3:
         planes = rotation.inv_freq.shape[-1]
@@ -89,9 +91,18 @@ def rotate(
         ValueError: For shapes that do not fit, a float position, or tensors on different devices.
     """
     check_rotate(x, position, rotation.inv_freq, rotation.attention_factor, rotation.axis, pairing)
-    turned = 2 * rotation.inv_freq.shape[-1]
-    theta = rearrange(angle(position, rotation), "... m p -> ... 1 m p")
-    factor = rotation.attention_factor
+    return turn(x, angle(position, rotation), rotation.attention_factor, pairing)
+
+
+def turn(
+    x: Float[Tensor, "b h m d"],
+    theta: Float64[Tensor, "..."],
+    factor: float | Float64[Tensor, "*rows"],
+    pairing: Pairing,
+) -> Float[Tensor, "b h m d"]:
+    """Turn planes by given angles [m, p] or [b, m, p], and scale them by a factor."""
+    turned = 2 * theta.shape[-1]
+    theta = rearrange(theta, "... m p -> ... 1 m p")
     if isinstance(factor, Tensor):
         factor = rearrange(factor, "... -> ... 1 1 1")
     cos, sin = (factor * theta.cos()).to(floating(x)), (factor * theta.sin()).to(floating(x))
@@ -112,17 +123,6 @@ def rotate_qk(
     return rotate(q, position, rotation, pairing=pairing), rotate(k, position, rotation, pairing=pairing)
 
 
-def between(old: Rotation, new: Rotation) -> Rotation:
-    """Speak ``new · old⁻¹``: what turns keys that are already under ``old`` to where ``new`` puts them."""
-    if old.inv_freq.shape[-1] != new.inv_freq.shape[-1]:
-        refuse("rotations of rerotate", "of equally many planes", [r.inv_freq.shape[-1] for r in (old, new)])
-    return replace(
-        new,
-        inv_freq=new.inv_freq - old.inv_freq,
-        attention_factor=new.attention_factor / old.attention_factor,
-    )
-
-
 def rerotate(
     k: Float[Tensor, "b g n d"],
     position: Int[Tensor, "*shape"],
@@ -135,15 +135,22 @@ def rerotate(
 
     Rotations of one plane commute, so ``R_new = R_(new - old) · R_old`` (needed whenever a
     length-dependent scaling changes its mind: YaRN, arXiv:2309.00071, §3.3).
+
+    Raises:
+        ValueError: As `rotate`, for either rotation, and for rotations of different numbers of planes.
     """
-    return rotate(k, position, between(old, new), pairing=pairing)
+    check_rerotate(old.inv_freq, new.inv_freq, old.attention_factor)
+    for rotation in (old, new):
+        check_rotate(k, position, rotation.inv_freq, rotation.attention_factor, rotation.axis, pairing)
+    theta = angle(position, new) - angle(position, old)
+    return turn(k, theta, new.attention_factor / old.attention_factor, pairing)
 
 
 def turns(inv_freq: Float64[Tensor, "*rows p"]) -> Int64[Tensor, "*rows p"]:
     """Speed of each plane in units of 2^-64 turn a token: the integer form that kernels use.
 
     ``position · turns`` wraps modulo 2^64, that is modulo one full turn, so an integer product has no
-    rounding at any position; the high 32 bits, signed, times 2π / 2^32 are the angle in (-π, π].
+    rounding at any position; the high 32 bits, signed, times 2π / 2^32 are the angle in [-π, π).
     """
     fraction = inv_freq / (2 * math.pi)
     fraction = fraction - fraction.round()  # a whole turn a token is no turn; now |fraction| <= 1/2
@@ -152,6 +159,6 @@ def turns(inv_freq: Float64[Tensor, "*rows p"]) -> Int64[Tensor, "*rows p"]:
 
 
 def angle_of_turns(position: Int[Tensor, "*rows m"], turns: Int64[Tensor, "*rows p"]) -> Float64[Tensor, "*rows m p"]:
-    """Radians in (-π, π] after ``position`` tokens, by 64-bit integer arithmetic alone; see `turns`."""
+    """Radians in [-π, π) after ``position`` tokens, by 64-bit integer arithmetic alone; see `turns`."""
     turned = rearrange(position, "... m -> ... m 1").to(torch.int64) * rearrange(turns, "... p -> ... 1 p")
     return (turned >> 32).to(torch.float64) * (2 * math.pi / 2.0**32)

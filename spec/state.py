@@ -13,7 +13,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from .checks import floating, refuse, same_device
+from .checks import FLOATS, check_tensors, floating, refuse, same_device
 
 
 class AttentionState(NamedTuple):
@@ -50,12 +50,7 @@ def merge(*states: AttentionState) -> AttentionState:
     Raises:
         ValueError: For no state at all, or states of different shapes.
     """
-    if not states:
-        refuse("merge", "given at least one state", "none")
-    same_device(**{f"state {i}": state.out for i, state in enumerate(states)})
-    for state in states:
-        if state.out.shape != states[0].out.shape or state.lse.shape != states[0].out.shape[:-1]:
-            refuse("states", "of one shape", [list(state.out.shape) for state in states])
+    check_states(*states)
     lse = torch.stack([state.lse for state in states], dim=-1)
     total = log_sum_exp(lse)
     share = weights(lse, total)
@@ -72,9 +67,36 @@ def add_sink(state: AttentionState, sink: Float[Tensor, " h"]) -> AttentionState
     Raises:
         ValueError: For a sink that is not one number per head.
     """
-    same_device(state=state.out, sink=sink)
-    if list(sink.shape) != [state.out.shape[1]]:
-        refuse("sink", f"one number per head, [{state.out.shape[1]}]", list(sink.shape))
+    check_sink(state, sink)
     score = rearrange(sink.to(state.lse.dtype), "h -> h 1").expand_as(state.lse)
     nothing = AttentionState(torch.zeros_like(state.out), score)
     return merge(state, nothing)
+
+
+def check_states(*states: object) -> None:
+    """Refuse what cannot be merged: nothing, what is no state, and states that do not fit each other."""
+    if not states:
+        refuse("merge", "given at least one state", "none")
+    for state in states:
+        check_state(state)
+    parts = [state for state in states if isinstance(state, AttentionState)]
+    same_device(**{f"{name} {i}": x for i, state in enumerate(parts) for name, x in state._asdict().items()})
+    if any(state.out.shape != parts[0].out.shape or state.lse.shape != parts[0].out.shape[:-1] for state in parts):
+        refuse("states", "of one shape", [list(state.out.shape) for state in parts])
+
+
+def check_sink(state: AttentionState, sink: Tensor) -> None:
+    """Refuse a sink that is not one number per head of a state."""
+    check_state(state)
+    if state.out.ndim != 4:
+        refuse("out of a state", "[b, h, m, e]; of a ragged batch, [1, h, tokens, e]", list(state.out.shape))
+    check_tensors(sink=sink)
+    same_device(state=state.out, sink=sink)
+    if list(sink.shape) != [state.out.shape[1]] or sink.dtype not in FLOATS:
+        refuse("sink", f"one floating number per head, [{state.out.shape[1]}]", f"{sink.dtype} {list(sink.shape)}")
+
+
+def check_state(state: object) -> None:
+    """Refuse what is no state."""
+    if not isinstance(state, AttentionState):
+        refuse("a state", "AttentionState(out, lse), each an argument of its own", type(state).__name__)

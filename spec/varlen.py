@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .attention import attention
-from .checks import check_lengths
+from .checks import check_lengths, check_ragged
 from .masks import Mask, documents, everything
 from .state import AttentionState
 
@@ -51,6 +51,7 @@ def attention_varlen(
     Raises:
         ValueError: For lengths that are not one integer per sequence, and as `attention`.
     """
+    check_ragged(q=q, k=k, v=v)
     check_lengths(q_lengths=q_lengths, k_lengths=k_lengths)
     state = attention(
         *(rearrange(x, "tokens heads d -> 1 heads tokens d") for x in (q, k, v)),

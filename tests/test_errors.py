@@ -1,6 +1,7 @@
 """A meaningless call gets one sentence: what was wrong, what is allowed, what it got; the same from every backend."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import jaxtyping
@@ -9,7 +10,7 @@ import torch
 
 from longspan import backends
 from longspan.backends import Backend
-from longspan.spec import Rotation, bounds, inv_freq, masks, scaling
+from longspan.spec import AttentionState, Rotation, bounds, inv_freq, masks, scaling
 
 X = torch.randn(2, 4, 6, 8)
 K = torch.randn(2, 2, 9, 8)
@@ -41,14 +42,30 @@ ATTENTION: list[tuple[Callable[[Backend], Any], str]] = [
     (lambda of: of.attention(X, K, K, alibi=torch.zeros(4).int()), r"alibi must be one floating number per head"),
     (lambda of: of.attention(X, K, K, softcap=0.0), "softcap must be a finite number above 0, or None, got 0.0"),
     (lambda of: of.attention(X, K, K, softcap=-1.0), "softcap must be a finite number above 0"),
-    (lambda of: of.attention(X, K, K, scale=float("nan")), "scale must be finite, got nan"),
+    (lambda of: of.attention(X, K, K, scale=float("nan")), "scale must be a finite number, and no tensor, got nan"),
     (lambda of: of.attention(X, K, K, q_offset=ONE), r"q_offset must be an int or an integer tensor \[2\]"),
-    (lambda of: of.attention(X, K, K, k_offset=-1), "k_offset must be at least 0, got -1"),
+    (lambda of: of.attention(X, K, K, k_offset=-1), "k_offset must be a whole number of at least 0"),
     (lambda of: of.attention(X, K, K, out_dtype=torch.int8), "out_dtype must be one of"),
     (lambda of: of.attention(X, K.to("meta"), K), "q and k must be on one device, got cpu and meta"),
     (lambda of: of.attention_varlen(X[0].mT, K[0], K[0], ONE, torch.tensor([1, 2])), "one number per sequence, got"),
     (lambda of: of.attention_paged(X[0], ONE, K, K, ONE, ONE), r"table must be integers \[1, pages"),
     (lambda of: of.attention_paged(X[0], ONE, K, K[:, :, :3], ONE[None], ONE), "with equal pages, got"),
+    (lambda of: of.attention(X, K, K, mask=torch.ones(6, 9).bool()), "mask must be made by longspan.spec.masks"),
+    (lambda of: of.attention(X, K, K, mask=masks.causal), "masks.causal.. for one, got function"),
+    (lambda of: of.attention(X, K, K, mask=None), "mask must be made by longspan.spec.masks"),
+    (lambda of: of.attention(None, K, K), "q must be a tensor, got NoneType"),
+    (lambda of: of.attention(X, K, K, sink=0.0), "sink must be a tensor, got float"),
+    (lambda of: of.attention(X, K, K, q_offset=1.5), "q_offset must be a whole number"),
+    (lambda of: of.attention(X, K, K, q_offset=2**63), "q_offset must be a whole number"),
+    (lambda of: of.attention(X, K, K, scale=torch.tensor(1.0)), "scale must be a finite number, and no tensor"),
+    (lambda of: of.attention(X, K, K, softcap=1e39), "softcap must be a finite number above 0"),
+    (lambda of: of.attention_varlen(X, K, K, ONE, ONE), r"q must be \[tokens, heads, head_dim\]"),
+    (lambda of: of.attention_paged(X, ONE, K, K, ONE[None], ONE), r"q must be \[tokens, heads, head_dim\]"),
+    (lambda of: of.merge(X, X), "a state must be AttentionState"),
+    (
+        lambda of: of.add_sink(AttentionState(X[0], X[0, ..., 0]), torch.zeros(4)),
+        "out of a state must be",
+    ),
     (lambda of: of.merge(), "merge must be given at least one state, got none"),
 ]
 
@@ -60,16 +77,25 @@ ROTATE: list[tuple[Callable[[Backend], Any], str]] = [
     (lambda of: of.rotate(X[..., :7], AT, TURN), "at most d / 2 = 3 for d = 7, got 4"),
     (
         lambda of: of.rotate(X, AT, Rotation(inv_freq(8).expand(3, 4))),
-        "must be none, 1 or the batch of 2",
+        r"inv_freq must be float64 \[planes\], \[1, planes\] or \[2, planes\]",
     ),
     (lambda of: of.rotate(X, AT, TURN, pairing="diagonal"), "pairing must be half or interleaved, got 'diagonal'"),
     (lambda of: of.rotate(X, AT.to("meta"), TURN), "x and position must be on one device, got cpu and meta"),
+    (lambda of: of.rotate(X, [0] * 6, TURN), "position must be a tensor, got list"),
+    (lambda of: of.rotate(X, AT, replace(TURN, inv_freq=TURN.inv_freq.float())), "inv_freq must be float64"),
+    (lambda of: of.rotate(X, AT, replace(TURN, axis=AT[:2])), r"axis must be int64, one number per plane, \[4\]"),
+    (lambda of: of.rotate(X, AT, replace(TURN, attention_factor=torch.ones(3).double())), "attention_factor must be"),
+    (lambda of: of.rerotate(X, AT, replace(TURN, attention_factor=0.0), TURN), "old rotation must be other than 0"),
     (lambda of: of.rerotate(X, AT, TURN, scaling.none(6)), "rotations of rerotate must be of equally many planes"),
 ]
 
 
+MEANINGLESS = ATTENTION + ROTATE
+NAMES = [f"{i} {message[:24]}" for i, (_, message) in enumerate(MEANINGLESS)]
+
+
 @pytest.mark.parametrize("name", backends.available())
-@pytest.mark.parametrize(("call", "message"), ATTENTION + ROTATE, ids=lambda x: x[:40] if isinstance(x, str) else "")
+@pytest.mark.parametrize(("call", "message"), MEANINGLESS, ids=NAMES)
 def test_a_meaningless_call_is_refused(name: str, call: Callable[[Backend], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call(backends.load(name))
@@ -114,11 +140,14 @@ def test_a_meaningless_append_is_refused(name: str, call: Callable[[Backend], An
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: masks.window(0), "window size must be at least 1, the query's own key, got 0"),
-        (lambda: masks.window(1, ahead=-1), "at least 0, got -1 and 0"),
-        (lambda: masks.prefix(-1), "prefix length must be at least 0, got -1"),
-        (lambda: masks.chunks(0), "chunk size must be at least 1, got 0"),
-        (lambda: masks.lengths([3, -1]), r"lengths must be at least 0, got \[3, -1\]"),
+        (
+            lambda: masks.window(0),
+            "own key included, must be a whole number of at least 1 and below 2.31, got 0",
+        ),
+        (lambda: masks.window(1, ahead=-1), "window ahead must be a whole number of at least 0"),
+        (lambda: masks.prefix(-1), "prefix length must be a whole number of at least 0"),
+        (lambda: masks.chunks(0), "chunk size must be a whole number of at least 1"),
+        (lambda: masks.lengths([3, -1]), "lengths must be a whole number of at least 0 and below 2.31, got -1"),
         (lambda: masks.lengths(torch.tensor([1.0])), "lengths must be int32 or int64, got torch.float32"),
         (lambda: masks.documents([1, 2], [3]), r"got \[2\] and \[1\]"),
         (lambda: masks.spans(torch.tensor([0]), torch.tensor([1, 2])), r"all \[m\] or all \[b, m\]"),
@@ -145,3 +174,22 @@ def test_a_meaningless_append_is_refused(name: str, call: Callable[[Backend], An
 def test_meaningless_masks_are_refused_in_one_sentence(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("table", "lengths", "message"),
+    [
+        ([[0, 1], [2, 3]], [12, 8], "lengths must be 0 to 8, what 2 pages of 4 hold"),
+        ([[0, 1], [2, 3]], [-1, 8], "lengths must be 0 to 8"),
+        ([[0, 9], [2, 3]], [8, 8], "table must be 0 to 4, the pages of the pool"),
+        ([[0, -1], [2, 3]], [8, 8], "table must be 0 to 4, the pages of the pool"),
+    ],
+    ids=["long", "negative", "beyond", "below"],
+)
+@pytest.mark.parametrize("name", ["eager", "sdpa"])
+def test_a_table_that_does_not_hold_its_lengths_is_refused(
+    name: str, table: list[list[int]], lengths: list[int], message: str
+) -> None:
+    pool, q, count = torch.randn(5, 2, 4, 8), torch.randn(2, 2, 8), torch.tensor([1, 1])
+    with pytest.raises(ValueError, match=message):
+        backends.load(name).attention_paged(q, count, pool, pool, torch.tensor(table), torch.tensor(lengths))

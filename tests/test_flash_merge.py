@@ -204,5 +204,5 @@ def test_what_means_nothing_is_an_error() -> None:
         flash.merge()
     with pytest.raises(ValueError, match="of one shape"):
         flash.merge(state, other)
-    with pytest.raises(ValueError, match="one number per head"):
+    with pytest.raises(ValueError, match="one floating number per head"):
         flash.add_sink(state, torch.zeros(3, device=DEVICE))

@@ -226,7 +226,7 @@ def test_what_is_not_served_is_said(changes: dict, reason: str) -> None:
     ("changes", "message"),
     [
         ({"inv_freq": torch.ones(9, dtype=torch.float64, device=DEVICE)}, "at most d / 2"),
-        ({"inv_freq": torch.ones(3, 4, dtype=torch.float64, device=DEVICE)}, "rows of inv_freq"),
+        ({"inv_freq": torch.ones(3, 4, dtype=torch.float64, device=DEVICE)}, "inv_freq must be float64"),
         ({"x": lambda x: x[:, :, :3]}, "position"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",

@@ -1,6 +1,7 @@
 """Rotations turn by exact angles, in either pairing, by any axis; and integers know the angles too."""
 
 import math
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from longspan.laws import Rotate
 from longspan.laws.strategies import rotates
-from longspan.spec import Rotation, angle, angle_of_turns, inv_freq, rotate, scaling, turns
+from longspan.spec import Rotation, angle, angle_of_turns, inv_freq, rerotate, rotate, scaling, turns
 from longspan.spec.pairing import join, split
 
 POSITIONS = st.integers(0, 2**31 - 1)
@@ -94,6 +95,15 @@ def test_rows_turn_each_sequence_at_its_own_speed() -> None:
     for b in range(2):
         alone = rotate(x[b : b + 1], position, Rotation(speeds[b], float(factors[b])))
         assert torch.equal(both[b : b + 1], alone)
+
+
+def test_keys_move_between_rotations_on_different_axes() -> None:
+    """Angles subtract, whichever axis each comes from; speeds would not."""
+    position, plain = torch.randint(100, (3, 1, 4)), scaling.none(8)
+    old, new = replace(plain, axis=torch.tensor([0, 1, 2, 2])), replace(scaling.linear(8, factor=2.0), axis=None)
+    x = torch.randn(1, 1, 4, 8, dtype=torch.float64)
+    moved = rerotate(rotate(x, position, old), position, old, new)
+    torch.testing.assert_close(moved, rotate(x, position, new))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -11,7 +11,7 @@ from einops import rearrange
 from torch import Tensor
 
 from longspan.spec import AttentionState
-from longspan.spec.checks import check_attention, check_lengths
+from longspan.spec.checks import check_attention, check_lengths, check_pages, check_ragged
 from longspan.spec.masks import Mask, documents, everything
 
 from ..registry import Unsupported
@@ -121,8 +121,13 @@ def attention_varlen(
     q_lengths: Tensor,
     k_lengths: Tensor,
     *,
-    mask: Mask = everything(),  # noqa: B008
-    **options: Any,
+    mask: Mask = everything(),  # noqa: B008 - an immutable value
+    scale: float | None = None,
+    softcap: float | None = None,
+    sink: Tensor | None = None,
+    alibi: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    deterministic: bool = False,
 ) -> AttentionState:
     """Attend within each sequence of a ragged batch, packed as documents; see `longspan.spec.attention_varlen`.
 
@@ -133,7 +138,12 @@ def attention_varlen(
         q_lengths: Queries of each sequence.
         k_lengths: Keys of each sequence.
         mask: Joined to the documents.
-        options: See `attention`.
+        scale: See `attention`, as for the rest.
+        softcap: See `attention`.
+        sink: See `attention`.
+        alibi: See `attention`.
+        out_dtype: See `attention`.
+        deterministic: See `attention`.
 
     Returns:
         ``out [tokens, h, e]``, a view of ``[h, tokens, e]``, and ``lse [tokens, h]``.
@@ -142,8 +152,12 @@ def attention_varlen(
         ValueError: For what means nothing, as the specification.
         Unsupported: For what `declines_attention_varlen` names.
     """
+    check_ragged(q=q, k=k, v=v)
     check_lengths(q_lengths=q_lengths, k_lengths=k_lengths)
-    state = attention(*map(one_batch, (q, k, v)), mask=documents(q_lengths, k_lengths) & mask, **options)
+    state = attention(
+        *map(one_batch, (q, k, v)), mask=documents(q_lengths, k_lengths) & mask, scale=scale, softcap=softcap,
+        sink=sink, alibi=alibi, out_dtype=out_dtype, deterministic=deterministic,
+    )  # fmt: skip
     return AttentionState(
         rearrange(state.out, "1 heads tokens e -> tokens heads e"),
         rearrange(state.lse, "1 heads tokens -> tokens heads"),
@@ -154,21 +168,46 @@ def declines_attention_varlen(
     q: Tensor, k: Tensor, v: Tensor, q_lengths: Tensor, k_lengths: Tensor, **options: Any
 ) -> str | None:
     """Say why `attention_varlen` would raise `Unsupported`, or None."""
+    check_ragged(q=q, k=k, v=v)
     check_lengths(q_lengths=q_lengths, k_lengths=k_lengths)
     return declines_attention(*map(one_batch, (q, k, v)), **options)
 
 
-def attention_paged(*args: Any, **options: Any) -> AttentionState:
-    """Decline: this backend reads no block tables yet.
+def attention_paged(
+    q: Tensor,
+    q_lengths: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    table: Tensor,
+    lengths: Tensor,
+    *,
+    mask: Mask = everything(),  # noqa: B008 - an immutable value
+    scale: float | None = None,
+    softcap: float | None = None,
+    sink: Tensor | None = None,
+    alibi: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    deterministic: bool = False,
+) -> AttentionState:
+    """Decline: no kernel reads block tables yet, and gathering the pages would be silently slow.
 
     Raises:
+        ValueError: For what means nothing, as the specification.
         Unsupported: Always.
     """
-    raise Unsupported(declines_attention_paged(*args, **options))
+    del mask, scale, softcap, sink, alibi, out_dtype, deterministic
+    raise Unsupported(
+        declines_attention_paged(q, q_lengths, k_pages, v_pages, table, lengths), alternatives=("sdpa", "eager")
+    )
 
 
-def declines_attention_paged(*_: Any, **__: Any) -> str:
+def declines_attention_paged(
+    q: Tensor, q_lengths: Tensor, k_pages: Tensor, v_pages: Tensor, table: Tensor, lengths: Tensor, **_: Any
+) -> str:
     """Say why `attention_paged` raises `Unsupported`."""
+    check_ragged(q=q)
+    check_lengths(q_lengths=q_lengths, lengths=lengths)
+    check_pages(k_pages, v_pages, table, lengths)
     return "flash.attention_paged is not served: no kernel reads block tables"
 
 

@@ -16,8 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from longspan.spec import AttentionState
-from longspan.spec.checks import refuse, same_device
-from longspan.spec.state import weights
+from longspan.spec.state import check_sink, check_states, weights
 
 from .rope import declines_heads, serve
 from .rope_function import PLAIN, fold, watched
@@ -97,12 +96,7 @@ def declines_merge(*states: AttentionState) -> str | None:
     Raises:
         ValueError: For what means nothing, as the specification.
     """
-    if not states:
-        refuse("merge", "given at least one state", "none")
-    same_device(**{f"state {i}": state.out for i, state in enumerate(states)})
-    for state in states:
-        if state.out.shape != states[0].out.shape or state.lse.shape != states[0].out.shape[:-1]:
-            refuse("states", "of one shape", [list(state.out.shape) for state in states])
+    check_states(*states)
     for state in states:
         if state.lse.dtype != torch.float32:
             return f"flash.merge reads a float32 lse, got {state.lse.dtype}"
@@ -111,9 +105,7 @@ def declines_merge(*states: AttentionState) -> str | None:
 
 def declines_add_sink(state: AttentionState, sink: Tensor) -> str | None:
     """Say why `add_sink` would raise `Unsupported`, or None; see `declines_merge`."""
-    same_device(state=state.out, sink=sink)
-    if list(sink.shape) != [state.out.shape[1]]:
-        refuse("sink", f"one number per head, [{state.out.shape[1]}]", list(sink.shape))
+    check_sink(state, sink)
     if sink.dtype == torch.float64:
         return "flash.add_sink reads a sink in fp16, bf16 or fp32, got torch.float64"
     return declines_merge(state)

@@ -4,15 +4,15 @@ What is served, and what is declined by name; the derivatives are in `rope_funct
 Shapes: b batch, h heads, m tokens, d head dimension, p planes (2p <= d).
 """
 
+from dataclasses import replace
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from longspan.spec import Rotation
-from longspan.spec.checks import check_rotate, refuse
+from longspan.spec.checks import check_rerotate, check_rotate, refuse
 from longspan.spec.pairing import Pairing
-from longspan.spec.rope import between
 
 from ..registry import Unsupported
 from .rope_function import transformed, turn_, turned
@@ -50,8 +50,15 @@ def rotate_qk(
 
 
 def rerotate(k: Tensor, position: Tensor, old: Rotation, new: Rotation, *, pairing: Pairing = "half") -> Tensor:
-    """Move keys that were cached under one rotation to another; see `longspan.spec.rerotate`."""
+    """Move keys that were cached under one rotation to another, in one launch; see `longspan.spec.rerotate`."""
+    serve(declines_rerotate(k, position, old, new, pairing=pairing))
     return rotate(k, position, between(old, new), pairing=pairing)
+
+
+def between(old: Rotation, new: Rotation) -> Rotation:
+    """Speak ``new · old⁻¹`` of rotations on the same axes: angles subtract, and so do speeds."""
+    factor = new.attention_factor / old.attention_factor
+    return replace(new, inv_freq=new.inv_freq - old.inv_freq, attention_factor=factor)
 
 
 def rotate_(x: Tensor, position: Tensor, rotation: Rotation, *, pairing: Pairing = "half") -> Tensor:
@@ -103,6 +110,11 @@ def declines_rerotate(
     k: Tensor, position: Tensor, old: Rotation, new: Rotation, *, pairing: Pairing = "half"
 ) -> str | None:
     """Say why `rerotate` would raise `Unsupported`, or None; see `declines_rotate`."""
+    check_rerotate(old.inv_freq, new.inv_freq, old.attention_factor)
+    for rotation in (old, new):
+        check_rotate(k, position, rotation.inv_freq, rotation.attention_factor, rotation.axis, pairing)
+    if old.axis is not new.axis:
+        return "flash.rerotate serves rotations that share one axis tensor: speeds subtract only on the same axes"
     return declines_rotate(k, position, between(old, new), pairing=pairing)
 
 

@@ -4,10 +4,10 @@ Shapes: tokens new tokens of all sequences together, g key heads, size columns o
 """
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
-from longspan.spec import Rotation, rotate
+from longspan.spec import Rotation
+from longspan.spec.append import turned
 from longspan.spec.checks import check_append
 from longspan.spec.pairing import Pairing
 
@@ -30,14 +30,7 @@ def append_(
         IndexError: For a slot outside the cache (on CUDA a device-side assertion, as of any index).
     """
     check_append(k, v, k_cache, v_cache, slot, position, rotation is not None)
-    if rotation is not None and position is not None:
-        turned = rotate(
-            rearrange(k, "tokens g d -> tokens g 1 d"),
-            rearrange(position, "... tokens -> ... tokens 1"),
-            rotation,
-            pairing=pairing,
-        )
-        k = rearrange(turned, "tokens g 1 d -> tokens g d")
+    k = k if rotation is None or position is None else turned(k, position, rotation, pairing)
     kept = slot >= 0
     row, column = (x.long()[kept] for x in (slot.div(k_cache.shape[2] or 1, rounding_mode="floor"), slot))
     column = column % (k_cache.shape[2] or 1)

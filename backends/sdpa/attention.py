@@ -13,7 +13,7 @@ from torch import Tensor
 from longspan.backends.registry import OPERATIONS, Unsupported
 from longspan.spec import AttentionState, bounds
 from longspan.spec.bounds import check_fit
-from longspan.spec.checks import check_attention, check_lengths, check_pages, refuse
+from longspan.spec.checks import check_attention, check_lengths, check_pages, check_ragged, refuse
 from longspan.spec.masks import Mask, Spans, documents, everything
 from longspan.spec.paged import gather
 
@@ -105,7 +105,12 @@ def attention_varlen(
     k_lengths: Tensor,
     *,
     mask: Mask = everything(),  # noqa: B008 - an immutable value
-    **options: Any,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sink: Tensor | None = None,
+    alibi: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    deterministic: bool = False,
 ) -> AttentionState:
     """Attend within each sequence of a ragged batch, as packed documents; see `longspan.spec.attention_varlen`.
 
@@ -113,12 +118,13 @@ def attention_varlen(
         ValueError: For lengths that are not one integer per sequence, and as `attention`.
         Unsupported: As `attention`.
     """
+    check_ragged(q=q, k=k, v=v)
     check_lengths(q_lengths=q_lengths, k_lengths=k_lengths)
     state = attention(
         *(rearrange(x, "tokens heads d -> 1 heads tokens d") for x in (q, k, v)),
-        mask=documents(q_lengths, k_lengths) & mask,
-        **options,
-    )
+        mask=documents(q_lengths, k_lengths) & mask, scale=scale, softcap=softcap, sink=sink, alibi=alibi,
+        out_dtype=out_dtype, deterministic=deterministic,
+    )  # fmt: skip
     return AttentionState(
         rearrange(state.out, "1 heads tokens e -> tokens heads e"),
         rearrange(state.lse, "1 heads tokens -> tokens heads"),
@@ -132,7 +138,14 @@ def attention_paged(
     v_pages: Tensor,
     table: Tensor,
     lengths: Tensor,
-    **options: Any,
+    *,
+    mask: Mask = everything(),  # noqa: B008 - an immutable value
+    scale: float | None = None,
+    softcap: float | None = None,
+    sink: Tensor | None = None,
+    alibi: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    deterministic: bool = False,
 ) -> AttentionState:
     """Attend to a paged cache, whose pages are gathered first; see `longspan.spec.attention_paged`.
 
@@ -140,7 +153,11 @@ def attention_paged(
         ValueError: For a table that does not fit the lengths or the pool, and as `attention`.
         Unsupported: As `attention`.
     """
+    check_ragged(q=q)
     check_lengths(q_lengths=q_lengths, lengths=lengths)
     check_pages(k_pages, v_pages, table, lengths)
     k, v = (gather(pages, table, lengths) for pages in (k_pages, v_pages))
-    return attention_varlen(q, k, v, q_lengths, lengths, **options)
+    return attention_varlen(
+        q, k, v, q_lengths, lengths, mask=mask, scale=scale, softcap=softcap, sink=sink, alibi=alibi,
+        out_dtype=out_dtype, deterministic=deterministic,
+    )  # fmt: skip
