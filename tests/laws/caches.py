@@ -9,12 +9,10 @@ from torch import Tensor
 from longspan.backends import Backend
 from longspan.spec import Rotation, inv_freq
 
-from .attention import compare
 from .budget import Bound, attention_bounds, worst
+from .calls import Device, compare
 from .problems import Attention
 from .rotation import bound as rotation_bound
-
-Device = torch.device | str
 
 
 class Ragged:

@@ -8,8 +8,16 @@ from einops import rearrange
 from torch import Tensor
 
 from longspan.backends import eager
-from longspan.spec import Rotation, rotate
+from longspan.spec import Rotation, rerotate, rotate, rotate_qk
 from longspan.spec.pairing import Pairing, join, split
+
+from .mutant_sizes import hook
+
+
+def factor_of(rotation: Rotation) -> float | Tensor:
+    """Return the attention factor, laid out to multiply heads if there is one per sequence."""
+    factor = rotation.attention_factor
+    return rearrange(factor, "... -> ... 1 1 1") if isinstance(factor, Tensor) else factor
 
 
 def attention_factor_missing(x: Tensor, position: Tensor, rotation: Rotation, **options: Any) -> Tensor:
@@ -35,7 +43,7 @@ def turned_by(x: Tensor, theta: Tensor, rotation: Rotation, *, pairing: Pairing 
     planes = rotation.inv_freq.shape[-1]
     real, imag = split(x[..., : 2 * planes].double(), pairing)
     theta = rearrange(theta, "... m p -> ... 1 m p")
-    cos, sin = (rotation.attention_factor * part for part in (theta.cos(), theta.sin()))
+    cos, sin = (factor_of(rotation) * part for part in (theta.cos(), theta.sin()))
     head = join(real * cos - imag * sin, real * sin + imag * cos, pairing)
     return torch.cat([head.to(x.dtype), x[..., 2 * planes :]], -1)
 
@@ -53,7 +61,7 @@ def turned_backwards(x: Tensor, position: Tensor, rotation: Rotation, **options:
 def tail_scaled(x: Tensor, position: Tensor, rotation: Rotation, **options: Any) -> Tensor:
     """Scale the tail, which does not turn, by the attention factor."""
     turned, planes = rotate(x, position, rotation, **options), rotation.inv_freq.shape[-1]
-    return torch.cat([turned[..., : 2 * planes], rotation.attention_factor * turned[..., 2 * planes :]], -1)
+    return torch.cat([turned[..., : 2 * planes], (factor_of(rotation) * turned[..., 2 * planes :]).to(x.dtype)], -1)
 
 
 def planes_paired_across_the_head(
@@ -76,7 +84,42 @@ def one_axis_for_all(x: Tensor, position: Tensor, rotation: Rotation, **options:
 def one_speed_for_the_batch(x: Tensor, position: Tensor, rotation: Rotation, **options: Any) -> Tensor:
     """Turn every sequence at the speed of the first."""
     first = rotation.inv_freq if rotation.inv_freq.ndim == 1 else rotation.inv_freq[0]
-    return rotate(x, position, replace(rotation, inv_freq=first), **options)
+    return rotate(x, position, replace(rotation, inv_freq=first.expand_as(rotation.inv_freq)), **options)
+
+
+def one_factor_for_the_batch(x: Tensor, position: Tensor, rotation: Rotation, **options: Any) -> Tensor:
+    """Scale every sequence by the attention factor of the first."""
+    factor = rotation.attention_factor
+    factor = float(factor.flatten()[0]) if isinstance(factor, Tensor) else factor
+    return rotate(x, position, replace(rotation, attention_factor=factor), **options)
+
+
+def int32_positions_misread(x: Tensor, position: Tensor, rotation: Rotation, **options: Any) -> Tensor:
+    """Read positions as 64-bit numbers, whatever they are."""
+    return rotate(x, position // 2 if position.dtype == torch.int32 else position, rotation, **options)
+
+
+def tokens_past_192_not_turned(x: Tensor, position: Tensor, rotation: Rotation, **options: Any) -> Tensor:
+    """Launch a grid that is too short for a long prompt."""
+    return torch.cat([rotate(x, position, rotation, **options)[:, :, :192], x[:, :, 192:]], 2)
+
+
+def heads_past_10_not_turned(x: Tensor, position: Tensor, rotation: Rotation, **options: Any) -> Tensor:
+    """Turn the heads of one block."""
+    return torch.cat([rotate(x, position, rotation, **options)[:, :10], x[:, 10:]], 1)
+
+
+def heads_turned_in_place(x: Tensor, position: Tensor, rotation: Rotation, **options: Any) -> Tensor:
+    """Write the turned heads over those that were given."""
+    turned = rotate(x, position, rotation, **options)
+    with torch.no_grad():
+        x.detach()[:1].copy_(turned[:1])
+    return turned
+
+
+def turned_heads_are_float64(x: Tensor, position: Tensor, rotation: Rotation, **options: Any) -> Tensor:
+    """Leave the result in the dtype of the angles."""
+    return rotate(x, position, rotation, **options).double()
 
 
 class Forward(torch.autograd.Function):
@@ -105,6 +148,32 @@ def keys_not_turned(
 ) -> tuple[Tensor, Tensor]:
     """Turn the queries alone."""
     return rotate(q, position, rotation, **options), k
+
+
+def pair_is_float64(
+    q: Tensor, k: Tensor, position: Tensor, rotation: Rotation, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """Leave queries and keys in the dtype of the angles."""
+    turned = rotate_qk(q, k, position, rotation, **options)
+    return turned[0].double(), turned[1].double()
+
+
+def gradient_of_turned_keys_lost(
+    q: Tensor, k: Tensor, position: Tensor, rotation: Rotation, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """Pass back the gradient of the queries alone."""
+    turned = rotate_qk(q, k, position, rotation, **options)
+    return turned[0], hook(turned[1], torch.zeros_like)
+
+
+def gradient_of_moved_keys_lost(k: Tensor, position: Tensor, old: Rotation, new: Rotation, **options: Any) -> Tensor:
+    """Move keys as a constant."""
+    return rerotate(k.detach(), position, old, new, **options)
+
+
+def moved_keys_are_float64(k: Tensor, position: Tensor, old: Rotation, new: Rotation, **options: Any) -> Tensor:
+    """Leave moved keys in the dtype of the angles."""
+    return rerotate(k, position, old, new, **options).double()
 
 
 def moved_without_the_old(k: Tensor, position: Tensor, old: Rotation, new: Rotation, **options: Any) -> Tensor:

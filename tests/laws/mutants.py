@@ -14,6 +14,7 @@ from . import mutant_attention as wrong
 from . import mutant_caches as caches
 from . import mutant_masks as seen
 from . import mutant_rotation as turned
+from . import mutant_sizes as sized
 
 
 class Mutant(NamedTuple):
@@ -74,6 +75,18 @@ MUTANTS: Final = (
     mutant("gradients_are_exact", "attention", wrong.gradient_of_the_sink_lost),
     mutant("gradients_are_exact", "attention", wrong.gradient_without_softcap),
     mutant("gradients_flow_through_lse", "attention", wrong.gradient_of_lse_lost),
+    mutant(DEFINITION, "attention", sized.v_read_with_strides_of_k),
+    mutant(DEFINITION, "attention", sized.rows_past_192_zero),
+    mutant(DEFINITION, "attention", sized.second_key_tile_of_a_prompt_dropped),
+    mutant(DEFINITION, "attention", sized.groups_of_more_than_4_heads_wrong),
+    mutant(DEFINITION, "attention", sized.more_than_3_sequences_wrong),
+    mutant(DEFINITION, "attention", sized.far_offsets_wrap_int16),
+    mutant(DEFINITION, "attention", sized.out_dtype_rounded_first),
+    mutant("gradients_are_exact", "attention", sized.d_out_read_as_contiguous),
+    mutant("gradients_are_exact", "attention", sized.dk_of_keys_past_192_lost),
+    mutant("gradients_are_exact", "attention", sized.dq_of_rows_past_192_lost),
+    mutant("gradients_are_exact", "attention", sized.gradient_with_out_dtype_wrong),
+    mutant("gradients_are_exact", "attention", sized.gradient_of_all_or_nothing),
     mutant("ragged_batches_are_separate_sequences", "attention_varlen", caches.varlen_from_the_top_left),
     mutant("ragged_batches_are_separate_sequences", "attention_varlen", caches.varlen_is_one_sequence),
     mutant("ragged_gradients_are_exact", "attention_varlen", caches.varlen_is_one_sequence),
@@ -101,4 +114,14 @@ MUTANTS: Final = (
     mutant("queries_and_keys_turn_alike", "rotate_qk", turned.keys_not_turned),
     mutant("cached_keys_move", "rerotate", turned.moved_without_the_old),
     mutant("cached_keys_move", "rerotate", turned.moved_without_the_factor),
+    mutant("rotation_is_its_definition", "rotate", turned.one_factor_for_the_batch),
+    mutant("rotation_is_its_definition", "rotate", turned.int32_positions_misread),
+    mutant("rotation_is_its_definition", "rotate", turned.tokens_past_192_not_turned),
+    mutant("rotation_is_its_definition", "rotate", turned.heads_past_10_not_turned),
+    mutant("rotation_is_its_definition", "rotate", turned.heads_turned_in_place),
+    mutant("rotation_is_its_definition", "rotate", turned.turned_heads_are_float64),
+    mutant("queries_and_keys_turn_alike", "rotate_qk", turned.pair_is_float64),
+    mutant("pairs_turn_back_alike", "rotate_qk", turned.gradient_of_turned_keys_lost),
+    mutant("cached_keys_move", "rerotate", turned.moved_keys_are_float64),
+    mutant("moves_have_inverses", "rerotate", turned.gradient_of_moved_keys_lost),
 )

@@ -15,6 +15,8 @@ from longspan.spec import Rotation, bounds, inv_freq, masks, visible
 from longspan.spec.masks import Mask
 from longspan.spec.pairing import Pairing
 
+from .layout import lay, lay_like, to
+
 
 class Inputs(NamedTuple):
     """Tensors of an attention problem."""
@@ -26,6 +28,8 @@ class Inputs(NamedTuple):
     d_lse: Tensor
     options: dict[str, Any]
     """Keyword arguments of `attention`, the mask included."""
+    trained: str
+    """Initials of the arguments that need a gradient."""
 
     @property
     def arguments(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -41,8 +45,12 @@ class Attention:
         mask: Source of a mask, in the names of `longspan.spec.masks`.
         sink: Magnitude of the sinks; None is no sink.
         alibi: Largest slope; None is none.
-        storage: How q, k and v lie in memory: ``bhmd``, ``bmhd`` (heads inside tokens), ``slice`` (of wider
-            tensors) or ``expand`` (one sequence for the whole batch).
+        storage: How q lies in memory; see `longspan.laws.layout.lay`.
+        k_storage: How k lies in memory; None is as q.
+        v_storage: How v lies in memory; None is as q.
+        d_out_storage: How the cotangent of out lies in memory.
+        trained: Initials of the arguments that need a gradient, s for the sink.
+        index: Dtype of lengths, tables and slots.
         amplitude: Root mean square of the scores' inputs; scores grow with its square.
         mean: Mean of the values; weights must sum to one however large it is.
         needle: One key of each sequence carries a large value: what sees it wrongly is off by far.
@@ -66,6 +74,11 @@ class Attention:
     k_offset: int = 0
     out_dtype: str | None = None
     storage: str = "bhmd"
+    k_storage: str | None = None
+    v_storage: str | None = None
+    d_out_storage: str = "bhmd"
+    trained: str = "qkvs"
+    index: str = "int64"
     amplitude: float = 1.0
     mean: float = 0.0
     needle: bool = False
@@ -92,19 +105,21 @@ class Attention:
         def normal(*shape: int) -> Tensor:
             return torch.randn(shape, generator=draw, dtype=torch.float64)
 
-        rows = 1 if self.storage == "expand" else self.b
-        q = self.amplitude * normal(rows, self.h, self.m, self.d)
-        k = self.amplitude * normal(rows, self.g, self.n, self.d)
-        v = self.mean + normal(rows, self.g, self.n, self.e)
+        stored = {"q": self.storage, "k": self.k_storage or self.storage, "v": self.v_storage or self.storage}
+        rows = {name: 1 if storage == "expand" else self.b for name, storage in stored.items()}
+        q = self.amplitude * normal(rows["q"], self.h, self.m, self.d)
+        k = self.amplitude * normal(rows["k"], self.g, self.n, self.d)
+        v = self.mean + normal(rows["v"], self.g, self.n, self.e)
         if self.needle and self.n:
             v[:, :, torch.randint(self.n, (), generator=draw)] += 1000.0
-        q, k, v = (self.lay(x.to(dtype)) for x in (q, k, v))
+        q, k, v = (lay(x.to(dtype), stored[name], self.b) for name, x in zip("qkv", (q, k, v), strict=True))
         mask = self.build_mask()
         q_offset = torch.tensor(self.q_offset, dtype=torch.int32) if isinstance(self.q_offset, tuple) else self.q_offset
         seen = visible(bounds(mask, self.b, self.m, self.n, q_offset=q_offset, k_offset=self.k_offset), self.n)
         unseen = rearrange(~seen.any(1), "b n -> b 1 n 1")
-        if self.dead != 0.0 and self.storage != "expand":
-            k, v = (lay_like(x.masked_fill(unseen, self.dead), x) for x in (k, v))
+        if self.dead != 0.0:
+            k = k if rows["k"] != self.b else lay_like(k.masked_fill(unseen, self.dead), k)
+            v = v if rows["v"] != self.b else lay_like(v.masked_fill(unseen, self.dead), v)
         sink = None if self.sink is None else (self.sink * normal(self.h)).to(wide).to(device)
         alibi = None if self.alibi is None else (self.alibi * 2.0 ** -torch.arange(self.h)).to(wide).to(device)
         options = {
@@ -112,26 +127,11 @@ class Attention:
             "q_offset": q_offset.to(device) if isinstance(q_offset, Tensor) else q_offset, "k_offset": self.k_offset,
             "out_dtype": None if self.out_dtype is None else getattr(torch, self.out_dtype),
         }  # fmt: skip
-        d_out = normal(self.b, self.h, self.m, self.e).to(options["out_dtype"] or dtype)
+        alike = 1 if self.d_out_storage == "expand" else self.b
+        d_out = normal(alike, self.h, self.m, self.e).to(options["out_dtype"] or dtype)
+        d_out = to(lay(d_out, self.d_out_storage, self.b), device)
         d_lse = normal(self.b, self.h, self.m).to(wide)
-        return Inputs(to(q, device), to(k, device), to(v, device), d_out.to(device), d_lse.to(device), options)
-
-    def lay(self, x: Tensor) -> Tensor:
-        """Lay a tensor out in memory as the problem asks; its values do not change."""
-        match self.storage:
-            case "bmhd":
-                return x.transpose(1, 2).contiguous().transpose(1, 2)
-            case "slice":
-                wide = torch.full(
-                    (x.shape[0], x.shape[1] + 1, x.shape[2] + 3, x.shape[3] + 8), torch.nan, dtype=x.dtype
-                )
-                inner = wide[:, : x.shape[1], 1 : 1 + x.shape[2], : x.shape[3]]
-                inner.copy_(x)
-                return inner
-            case "expand":
-                return x.expand(self.b, *x.shape[1:])
-            case _:
-                return x
+        return Inputs(to(q, device), to(k, device), to(v, device), d_out, d_lse.to(device), options, self.trained)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +143,9 @@ class Rotate:
         largest: Positions are drawn below it.
         position: Shape of the positions: ``m``, ``bm`` or ``abm`` (three axes).
         rows: Whether each sequence of the batch turns at its own speeds.
+        factors: Whether each sequence has an attention factor of its own, besides.
+        index: Dtype of the positions.
+        storage: How queries and keys lie in memory; see `longspan.laws.layout.lay`.
     """
 
     b: int = 1
@@ -158,27 +161,33 @@ class Rotate:
     base: float = 10_000.0
     attention_factor: float = 1.0
     rows: bool = False
+    factors: bool = False
+    index: str = "int64"
     storage: str = "bhmd"
     seed: int = 0
 
     __repr__ = Attention.__repr__
-    lay = Attention.lay
 
     def inputs(self, device: torch.device | str = "cpu") -> "Turned":
         """Draw the tensors from the seed."""
         dtype, draw = getattr(torch, self.dtype), torch.Generator().manual_seed(self.seed)
         rows = 1 if self.storage == "expand" else self.b
         q, k = (
-            self.lay(torch.randn(rows, heads, self.m, self.d, generator=draw, dtype=torch.float64).to(dtype))
+            lay(
+                torch.randn(rows, heads, self.m, self.d, generator=draw, dtype=torch.float64).to(dtype),
+                self.storage,
+                self.b,
+            )
             for heads in (self.h, self.g)
         )
         shape = {"m": (self.m,), "bm": (self.b, self.m), "abm": (3, self.b, self.m)}[self.position]
-        position = torch.randint(self.largest, shape, generator=draw)
+        position = torch.randint(self.largest, shape, generator=draw).to(getattr(torch, self.index))
         slower = 1 + torch.rand(self.b if self.rows else 1, 1, generator=draw, dtype=torch.float64)
         speed = inv_freq(2 * self.planes, base=self.base) / slower
+        each = self.attention_factor / torch.arange(1, self.b + 1, dtype=torch.float64)
         rotation = Rotation(
             speed if self.rows else rearrange(speed, "1 p -> p"),
-            attention_factor=self.attention_factor,
+            attention_factor=each if self.rows and self.factors else self.attention_factor,
             axis=torch.randint(3, (self.planes,), generator=draw) if self.position == "abm" else None,
         )
         return Turned(to(q, device), to(k, device), position.to(device), rotation.to(device))
@@ -191,28 +200,6 @@ class Turned(NamedTuple):
     k: Tensor
     position: Tensor
     rotation: Rotation
-
-
-def to(x: Tensor, device: torch.device | str) -> Tensor:
-    """Move a tensor and keep its strides, the gaps of a slice included."""
-    if torch.device(device).type == "cpu":
-        return x
-    size = (
-        1 + sum((length - 1) * stride for length, stride in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0
-    )
-    moved = torch.as_strided(x, (size,), (1,)).to(device)
-    return torch.as_strided(moved, x.shape, x.stride()) if size else x.to(device)
-
-
-def lay_like(x: Tensor, like: Tensor) -> Tensor:
-    """Give x the strides of another tensor of its shape."""
-    size = 1 + sum((length - 1) * stride for length, stride in zip(like.shape, like.stride(), strict=True))
-    if not like.numel():
-        return x
-    room = torch.full((size,), torch.nan, dtype=x.dtype)
-    laid = torch.as_strided(room, like.shape, like.stride())
-    laid.copy_(x)
-    return laid
 
 
 def source(value: object) -> str:

@@ -6,11 +6,9 @@ from torch import Tensor
 from longspan.backends import Backend
 from longspan.spec import AttentionState, merge
 
-from .attention import compare
 from .budget import Bound, epsilon, smallest
+from .calls import Device, compare
 from .problems import Attention
-
-Device = torch.device | str
 
 
 def parts(problem: Attention, device: Device) -> tuple[list[AttentionState], Tensor]:

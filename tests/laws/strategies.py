@@ -17,7 +17,14 @@ LENGTHS = st.one_of(
 )
 # One of every class: below a tile, odd multiples of 8, powers of two, two thirds of one, beyond 128.
 HEAD_DIMS = st.sampled_from([8, 16, 24, 32, 40, 64, 80, 96, 128, 192, 256])
+# For batches and groups that are large: their cost is in their heads.
+FEW = st.sampled_from([0, 1, 2, 3, 7, 16, 17, 33])
 STORAGES = st.sampled_from(["bhmd", "bmhd", "slice", "expand"])
+OTHER_STORAGES = st.one_of(st.none(), STORAGES)
+# Mostly all; sometimes what a frozen cache, a frozen model or a probe of one argument needs.
+TRAINED = st.sampled_from(["qkvs", "qkvs", "qkvs", "q", "k", "v", "kv", "qv", "qks", "vs"])
+INDICES = st.sampled_from(["int32", "int64"])
+FAR = 2**20
 
 
 @st.composite
@@ -98,13 +105,17 @@ def attentions(draw: st.DrawFn, **fixed: Any) -> Attention:
         chosen = fixed.get(name, strategy)
         return draw(chosen, label=name) if isinstance(chosen, st.SearchStrategy) else chosen
 
-    b, g, m = choose("b", st.integers(1, 3)), choose("g", st.integers(1, 2)), choose("m", LENGTHS)
-    n = choose("n", st.one_of(LENGTHS, st.just(m)))
-    h = g * choose("r", st.sampled_from([1, 1, 2, 3, 4]))
+    b, g = choose("b", st.sampled_from([1, 1, 2, 3, 5])), choose("g", st.integers(1, 2))
+    r = choose("r", st.sampled_from([1, 1, 2, 3, 4, 7, 8, 16]))
+    lengths = FEW if b * r > 8 else LENGTHS
+    m = choose("m", lengths)
+    n = choose("n", st.one_of(lengths, st.just(m)))
+    h = g * r
     d = choose("d", HEAD_DIMS)
     e = choose("e", st.one_of(st.just(d), st.just(d), HEAD_DIMS))
     mask = choose("mask", mask_sources(b, m, n))
-    somewhere = st.integers(-5, n + 5)
+    k_offset = choose("k_offset", st.sampled_from([0, 0, 0, 1, 5, FAR]))
+    somewhere = st.integers(-5, n + 5).map(lambda offset: offset + (k_offset if k_offset == FAR else 0))
     placed = st.one_of(st.none(), st.none(), somewhere, st.tuples(*[somewhere] * b))
     placed = st.none() if "documents" in mask else placed
     dtype = choose("dtype", DTYPES)
@@ -115,9 +126,14 @@ def attentions(draw: st.DrawFn, **fixed: Any) -> Attention:
         sink=choose("sink", st.sampled_from([None, None, 0.0, 1.0, 100.0])),
         alibi=choose("alibi", st.sampled_from([None, None, None, 0.5])),
         q_offset=choose("q_offset", placed),
-        k_offset=choose("k_offset", st.sampled_from([0, 0, 0, 1, 5])),
+        k_offset=k_offset,
         out_dtype=choose("out_dtype", st.sampled_from([None, None, None, "float32" if dtype != "float64" else None])),
         storage=choose("storage", STORAGES),
+        k_storage=choose("k_storage", OTHER_STORAGES),
+        v_storage=choose("v_storage", OTHER_STORAGES),
+        d_out_storage=choose("d_out_storage", STORAGES),
+        trained=choose("trained", TRAINED),
+        index=choose("index", INDICES),
         amplitude=choose("amplitude", st.sampled_from([1.0, 1.0, 1.0, 0.0, 3.0, 10.0])),
         mean=choose("mean", st.sampled_from([0.0, 0.0, 100.0])),
         needle=choose("needle", st.booleans()),
@@ -149,6 +165,13 @@ def decodes(draw: st.DrawFn) -> Attention:
 
 
 @st.composite
+def prefills(draw: st.DrawFn, **fixed: Any) -> Attention:
+    """Draw one head of many tokens: more than a tile of anything, and the last of them cut."""
+    m, n = (draw(st.sampled_from([193, 255, 256, 257, 300, 513]), label=name) for name in "mn")
+    return draw(attentions(**{**fixed, "b": 1, "g": 1, "r": 1, "m": m, "n": n, "d": 64, "e": 64}))
+
+
+@st.composite
 def rotates(draw: st.DrawFn, **fixed: Any) -> Rotate:
     """Draw a rotation problem; keyword arguments fix fields, or say what to draw them from."""
 
@@ -159,8 +182,8 @@ def rotates(draw: st.DrawFn, **fixed: Any) -> Rotate:
     g = choose("g", st.integers(1, 2))
     d = choose("d", HEAD_DIMS)
     return Rotate(
-        b=choose("b", st.integers(1, 3)), g=g, h=g * choose("r", st.sampled_from([1, 2, 5])),
-        m=choose("m", LENGTHS), d=d,
+        b=choose("b", st.integers(1, 3)), g=g, h=g * choose("r", st.sampled_from([1, 2, 5, 16])),
+        m=choose("m", st.one_of(LENGTHS, LENGTHS, st.sampled_from([193, 256, 257, 600]))), d=d,
         planes=choose("planes", st.one_of(st.just(d // 2), st.integers(1, d // 2))),
         dtype=choose("dtype", DTYPES),
         pairing=choose("pairing", st.sampled_from(["half", "interleaved"])),
@@ -169,6 +192,8 @@ def rotates(draw: st.DrawFn, **fixed: Any) -> Rotate:
         base=choose("base", st.sampled_from([1e4, 5e5, 100.0])),
         attention_factor=choose("attention_factor", st.sampled_from([1.0, 1.3465735902799727, 0.5])),
         rows=choose("rows", st.booleans()),
+        factors=choose("factors", st.booleans()),
+        index=choose("index", INDICES),
         storage=choose("storage", STORAGES),
         seed=choose("seed", SEEDS),
     )  # fmt: skip

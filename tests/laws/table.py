@@ -6,7 +6,7 @@ from typing import Any, Final, NamedTuple
 from hypothesis import strategies as st
 
 from . import attention, caches, rotation, states
-from .strategies import PLAIN, attentions, decodes, rotates
+from .strategies import PLAIN, attentions, decodes, prefills, rotates
 
 
 class Law(NamedTuple):
@@ -32,7 +32,7 @@ class Law(NamedTuple):
 
 
 # Gradients in float16 must stay below 65504: no needles.
-MILD: dict[str, Any] = {"needle": False, "mean": 0.0, "out_dtype": None}
+MILD: dict[str, Any] = {"needle": False, "mean": 0.0}
 UNPLACED: dict[str, Any] = {"q_offset": None, "k_offset": 0}
 CAUSAL: dict[str, Any] = {**UNPLACED, "mask": "causal()", "sink": None, "dead": 0.0, "out_dtype": None}
 # A mask of the same shape for every sequence of a ragged batch, which brings its own documents.
@@ -42,16 +42,23 @@ RAGGED = st.sampled_from(
 )  # fmt: skip
 
 
+# A layout in which every sequence has slots of its own.
+OWN = st.sampled_from(["bhmd", "bmhd", "slice"])
+
+
 def ragged(**fixed: Any) -> st.SearchStrategy[Any]:
     """Draw problems whose mask says nothing of lengths or documents."""
-    return attentions(**{"mask": RAGGED, **UNPLACED, "dead": 0.0, "storage": "bhmd", **fixed})
+    return attentions(**{"mask": RAGGED, **UNPLACED, "dead": 0.0, **fixed})
 
 
 def laws(**sizes: Any) -> tuple[Law, ...]:
     """State every law on problems of all sizes, or of those that are given (`SMALL` suits interpreters)."""
     everything, plain = attentions(**sizes), attentions(**PLAIN, **sizes)
-    forward = st.one_of(everything, plain) if sizes else st.one_of(everything, plain, decodes())
+    forward = st.one_of(everything, plain)
     backward = st.one_of(attentions(**MILD, **sizes), attentions(**{**PLAIN, **MILD, **sizes}, sink=None))
+    if not sizes:
+        forward = st.one_of(forward, decodes(), prefills())
+        backward = st.one_of(backward, backward, prefills(**MILD))
     turns = {name: sizes[name] for name in ("b", "m", "d", "r") if name in sizes}
     return (
         Law("attention", attention.attention_is_its_definition, forward),
@@ -63,7 +70,11 @@ def laws(**sizes: Any) -> tuple[Law, ...]:
         Law("attention", attention.wide_windows_are_causal, attentions(**CAUSAL, **sizes)),
         Law("attention", attention.later_queries_stand_alone, ragged(**sizes)),
         Law("attention", attention.blind_rows_are_zero, attentions(**UNPLACED, mask="everything()", **sizes)),
-        Law("attention", attention.dead_slots_change_nothing, attentions(**MILD, storage="bhmd", **sizes)),
+        Law(
+            "attention",
+            attention.dead_slots_change_nothing,
+            attentions(**MILD, storage=OWN, k_storage=OWN, v_storage=OWN, **sizes),
+        ),
         Law("attention", attention.calls_repeat_bitwise, everything),
         Law("attention", attention.arguments_survive, everything),
         Law("attention_varlen", caches.ragged_batches_are_separate_sequences, ragged(**sizes)),
@@ -74,7 +85,9 @@ def laws(**sizes: Any) -> tuple[Law, ...]:
         Law("rotate", rotation.rotations_have_inverses, rotates(**turns)),
         Law("rotate", rotation.only_distance_matters, rotates(largest=2**20, position="m", rows=False, **turns)),
         Law("rotate_qk", rotation.queries_and_keys_turn_alike, rotates(**turns)),
+        Law("rotate_qk", rotation.pairs_turn_back_alike, rotates(**turns)),
         Law("rerotate", rotation.cached_keys_move, rotates(**turns)),
+        Law("rerotate", rotation.moves_have_inverses, rotates(**turns)),
         Law("merge", states.merging_has_no_order, everything),
         Law("merge", states.merging_has_no_brackets, everything),
         Law("add_sink", states.sinks_are_keys_without_value, attentions(sink=100.0, **sizes)),
