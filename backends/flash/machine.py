@@ -12,7 +12,7 @@ def unavailable() -> str | None:
     if INTERPRETED:
         return None
     if not torch.cuda.is_available():
-        return "flash needs a GPU, or TRITON_INTERPRET=1 in the environment to interpret its kernels on the CPU"
+        return "flash needs a GPU (under TRITON_INTERPRET=1 a CPU interprets it, for tests)"
     if torch.version.hip is None and (capability := torch.cuda.get_device_capability()) < OLDEST:
         return f"flash needs compute capability {OLDEST[0]}.{OLDEST[1]} or later, got {capability[0]}.{capability[1]}"
     return None
