@@ -22,7 +22,7 @@ MODULES = [
     for folder in FOLDERS
     for module in (folder, *(found.name for found in walk_packages(import_module(folder).__path__, f"{folder}.")))
 ]
-PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/benchmarks.md")
+PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/benchmarks.md", "docs/notes.md")
 
 # The installed wheel is tested in a directory that holds the tests alone.
 from_sources = pytest.mark.skipif(not (ROOT / "spec").is_dir(), reason="needs the sources")
@@ -144,7 +144,7 @@ def test_links_lead_somewhere(page: str) -> None:
     text = (ROOT / page).read_text("utf-8")
     links = re.findall(r"\]\(([^)\s]+)\)", text)
     local = [link for link in links if not link.startswith(("http://", "https://", "#"))]
-    assert [link for link in local if not (ROOT / link.split("#")[0]).exists()] == []
+    assert [link for link in local if not ((ROOT / page).parent / link.split("#")[0]).exists()] == []
     headings = {
         re.sub(r"[^\w\- ]", "", line.lstrip("# ").lower()).replace(" ", "-")
         for line in text.splitlines()
