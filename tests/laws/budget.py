@@ -157,12 +157,14 @@ def attention_bounds(
     if d_out is None:
         return result
     d_lse = torch.zeros_like(truth.lse) if d_lse is None else d_lse
+    # A cotangent that is finer than the inputs is rounded to their dtype, to be multiplied with them.
+    rough = epsilon(q.dtype) if epsilon(d_out.dtype) < epsilon(q.dtype) else 0.0
     return result | gradient_bounds(
-        seen_by, grouped(d_out.detach().double(), g), grouped(d_lse.detach().double(), g), sink
+        seen_by, grouped(d_out.detach().double(), g), grouped(d_lse.detach().double(), g), sink, rough
     )
 
 
-def gradient_bounds(of: Forward, d_out: Tensor, d_lse: Tensor, sink: Tensor | None) -> dict[str, Bound]:
+def gradient_bounds(of: Forward, d_out: Tensor, d_lse: Tensor, sink: Tensor | None, rough: float) -> dict[str, Bound]:
     """Bound the gradients: ``dS = P ∘ (dP - delta)``, delta = rowsum(dO ∘ O) - dLSE (FlashAttention-2, Algorithm 2)."""
     product = of.out * d_out
     delta = product.sum(-1) - d_lse
@@ -175,6 +177,7 @@ def gradient_bounds(of: Forward, d_out: Tensor, d_lse: Tensor, sink: Tensor | No
     reach = einsum(d_out.abs(), of.v.abs(), "b g r m e, b g n e -> b g r m n")
     d_score_off = column(of.u) * d_score.abs() + d_capped.abs() * of.slope_off + of.fine * p_slope.abs() * reach
     one = torch.ones_like(of.u)
+    d_score_off = d_score_off + rough * p_slope.abs() * root(one, d_out, of.v, "b g r m e, b g n e -> b g r m n")
 
     to_q, to_k = "b g r m n, b g n d -> b g r m d", "b g r m n, b g r m d -> b g n d"
     dq = einsum(d_score, of.k, to_q)

@@ -89,3 +89,30 @@ def sink_overflows(state: AttentionState, sink: Tensor) -> AttentionState:
 def sink_leaves_lse(state: AttentionState, sink: Tensor) -> AttentionState:
     """Count the sink in out alone."""
     return AttentionState(add_sink(state, sink).out, state.lse)
+
+
+def merge_without_gradient_of_lse(*states: AttentionState) -> AttentionState:
+    """Take the shares of the parts for constants."""
+    return merge(*(AttentionState(state.out, state.lse.detach()) for state in states))
+
+
+def merge_of_more_than_5_drops(*states: AttentionState) -> AttentionState:
+    """Merge as many parts as one block holds."""
+    return merge(*states[:5])
+
+
+def merged_state_is_float64(*states: AttentionState) -> AttentionState:
+    """Leave the whole in the dtype of the shares."""
+    return AttentionState(*(x.double() for x in merge(*states)))
+
+
+def added_sink_is_a_constant(state: AttentionState, sink: Tensor) -> AttentionState:
+    """Pass no gradient to the sink."""
+    return add_sink(state, sink.detach())
+
+
+def sink_added_in_place(state: AttentionState, sink: Tensor) -> AttentionState:
+    """Write the result over the state that was given."""
+    whole = add_sink(state, sink)
+    state.out.copy_(whole.out)
+    return whole

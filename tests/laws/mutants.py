@@ -124,4 +124,9 @@ MUTANTS: Final = (
     mutant("pairs_turn_back_alike", "rotate_qk", turned.gradient_of_turned_keys_lost),
     mutant("cached_keys_move", "rerotate", turned.moved_keys_are_float64),
     mutant("moves_have_inverses", "rerotate", turned.gradient_of_moved_keys_lost),
+    mutant("merged_gradients_are_exact", "merge", caches.merge_without_gradient_of_lse),
+    mutant("merging_has_no_order", "merge", caches.merge_of_more_than_5_drops),
+    mutant("merging_has_no_order", "merge", caches.merged_state_is_float64),
+    mutant("sink_gradients_are_exact", "add_sink", caches.added_sink_is_a_constant),
+    mutant("sinks_are_keys_without_value", "add_sink", caches.sink_added_in_place),
 )

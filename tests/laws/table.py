@@ -90,7 +90,9 @@ def laws(**sizes: Any) -> tuple[Law, ...]:
         Law("rerotate", rotation.moves_have_inverses, rotates(**turns)),
         Law("merge", states.merging_has_no_order, everything),
         Law("merge", states.merging_has_no_brackets, everything),
+        Law("merge", states.merged_gradients_are_exact, attentions(mean=0.0, **sizes)),
         Law("add_sink", states.sinks_are_keys_without_value, attentions(sink=100.0, **sizes)),
+        Law("add_sink", states.sink_gradients_are_exact, attentions(mean=0.0, **sizes)),
     )
 
 
