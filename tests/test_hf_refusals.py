@@ -36,7 +36,7 @@ ROTATIONS: Final[list[tuple[dict[str, Any], str]]] = [
     (rope(type="fourier", factor=2), "rope type must be one of .*longrope.* got 'fourier'"),
     (rope(type="linear", rope_type="yarn", factor=2), "rope_type and type must be the same"),
     (rope(type="linear"), "rope key 'factor', how many times longer the context becomes, must be given"),
-    (rope(type="linear", factor="2"), "rope key 'factor' must be a finite number, got '2'"),
+    (rope(type="linear", factor="2"), "rope key 'factor' must be a finite number below 2.53, got '2'"),
     (rope(type="linear", factor=0), "factor must be a finite number above 0"),
     (rope(type="linear", factor=2, surprise=1), "key 'surprise' of rope type 'linear' must be one of"),
     (rope(type="default", beta_fast=32), "key 'beta_fast' of rope type 'default'"),
@@ -54,7 +54,7 @@ ROTATIONS: Final[list[tuple[dict[str, Any], str]]] = [
     (rope(type="longrope", original_max_position_embeddings=64, long_factor=[1.0] * 8), "short_factor.*a list of 8"),
     (
         rope(type="longrope", original_max_position_embeddings=64, short_factor=[1.0] * 8, long_factor=["a"] * 8),
-        "long_factor' must be a finite number, got 'a'",
+        "long_factor' must be a finite number below 2.53, got 'a'",
     ),
     (rope(mrope_section=[1, 2, 3]), "mrope_section' must be numbers that add up to the 8 planes"),
     (rope(mrope_section=[4, 4], mrope_interleaved=True), "mrope_section' must be 3 numbers"),

@@ -149,7 +149,7 @@ def gradients(
 ) -> list[Tensor]:  # fmt: skip
     """Compute dq, dk and dv, added up in float32, from the out and the LSE of the whole."""
     total = [torch.zeros_like(x, dtype=floating(x), memory_format=torch.contiguous_format) for x in inputs]
-    (d_out, d_lse), sign = cotangents, turned(scale)
+    (d_out, d_lse), sign = cotangents, sign_of(scale)
     q, k, v, scale = prepared(*inputs, scale, extra=0 if d_lse is None else 2)
     out, d_out = state.out.to(v.dtype), d_out.to(v.dtype)
     if d_lse is not None:  # two columns: what the first loses to rounding is in the second
@@ -189,7 +189,7 @@ def prepared(q: Tensor, k: Tensor, v: Tensor, scale: float, *, extra: int) -> tu
     dtype, multiple = compute_dtype(q), DEVICES[q.device.type].multiple
     size = max(q.shape[-1], v.shape[-1] + extra)
     size += -size % multiple
-    sign = turned(scale)
+    sign = sign_of(scale)
     q = q if sign == 1 else q * sign
     q, k, v = (widened(x.to(dtype), size) for x in (q, k, v))
     q, k, v = (laid(x) for x in (q, k, v))
@@ -201,6 +201,6 @@ def widened(x: Tensor, size: int) -> Tensor:
     return pad(x, (0, size - x.shape[-1])) if size > x.shape[-1] else x
 
 
-def turned(scale: float) -> int:
+def sign_of(scale: float) -> int:
     """Sign of the scale."""
     return (scale > 0) - (scale < 0)

@@ -1,6 +1,5 @@
 """Reading keys of a published configuration, and refusing by name what is absent or makes no sense."""
 
-import math
 from collections.abc import Mapping
 from typing import Any, Final, cast
 
@@ -72,8 +71,8 @@ def find(config: Mapping[str, Any], key: str) -> Any:  # noqa: ANN401 - JSON
 
 def number(value: object, what: str) -> float:
     """Take a JSON number; refuse anything else by name."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        refuse(what, "a finite number", repr(value))
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= 2**53:
+        refuse(what, "a finite number below 2^53", repr(value))
     return cast("float", value)
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from .. import scaling
-from ..checks import refuse
+from ..checks import check_count, refuse
 from ..ramp import temperature
 from ..rope import Rotation
 from .fields import language, number, whole
@@ -33,8 +33,7 @@ def rotations(config: Mapping[str, Any], *, length: int) -> dict[str, Rotation]:
     Raises:
         ValueError: For a key that is absent, unknown, contradicted, or asks for mathematics that is not here.
     """
-    if isinstance(length, bool) or length < 1:
-        refuse("length, the tokens of the context,", "at least 1", length)
+    check_count("length, the tokens of the context,", length, 1)
     keys = language(config)
     return {kind: rotation(p, length) for kind, p in parameters(keys).items()}
 

@@ -53,6 +53,8 @@ def longrope(
     for name, divisors in (("short_factor", short_factor), ("long_factor", long_factor)):
         if len(divisors) != d // 2 or not all(math.isfinite(x) and x > 0 for x in divisors):
             refuse(f"longrope: {name}", f"{d // 2} finite numbers above 0, one for each plane", describe(divisors))
+    if attention_factor is not None and not math.isfinite(attention_factor):
+        refuse("longrope: attention_factor", "finite", attention_factor)
     if attention_factor is not None and (short_mscale is not None or long_mscale is not None):
         refuse("longrope: attention_factor", "given without short_mscale and long_mscale", "both")
     trained = inv_freq(d, base=base, device=device)

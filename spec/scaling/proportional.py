@@ -23,7 +23,8 @@ def proportional(
     Args:
         d: Coordinates of a head, all of them: speeds are computed over the whole head.
         base: RoPE base θ.
-        fraction: Part of the planes that turn, above 0 and at most 1, rounded down to whole planes.
+        fraction: Part of the planes that turn, above 0 and at most 1, rounded down to whole planes in
+            float64 as the published code does.
         factor: How many times slower they turn than trained.
         device: Where the rotation lives.
     """

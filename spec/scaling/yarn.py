@@ -58,6 +58,8 @@ def yarn(
     plane = torch.arange(d // 2, dtype=torch.float64, device=device)
     if attention_factor is None and mscale and mscale_all_dim:
         attention_factor = temperature(factor, mscale) / temperature(factor, mscale_all_dim)
+    if attention_factor is not None and not math.isfinite(attention_factor):
+        refuse("yarn: attention_factor", "finite", attention_factor)
     return Rotation(
         blend(trained, factor, 1 - ramp(plane, low, high if high != low else low + 0.001)),
         attention_factor=temperature(factor) if attention_factor is None else attention_factor,
