@@ -169,13 +169,16 @@ def gradient_bounds(of: Forward, d_out: Tensor, d_lse: Tensor, sink: Tensor | No
     product = of.out * d_out
     delta = product.sum(-1) - d_lse
     p_slope = of.p * of.slope
-    d_capped = of.p * (einsum(d_out, of.v, "b g r m e, b g n e -> b g r m n") - column(delta))
+    gap = einsum(d_out, of.v, "b g r m e, b g n e -> b g r m n") - column(delta)
+    d_capped = of.p * gap
     # Delta is off by the rounding of O, by its own sum, and by the weights that made O.
     delta_off = of.eps * (product**2).sum(-1).sqrt() + of.fine * (product.abs().sum(-1) + d_lse.abs())
     delta_off = delta_off + of.u * (d_capped**2).sum(-1).sqrt() + of.lse_off * product.sum(-1).abs()
     d_score = d_capped * of.slope
     reach = einsum(d_out.abs(), of.v.abs(), "b g r m e, b g n e -> b g r m n")
     d_score_off = column(of.u) * d_score.abs() + d_capped.abs() * of.slope_off + of.fine * p_slope.abs() * reach
+    # A weight below float32's least number is flushed, whatever its gap would have made of it.
+    d_score_off = d_score_off + smallest(torch.float32) * of.shown * (gap * of.slope).abs()
     one = torch.ones_like(of.u)
     d_score_off = d_score_off + rough * p_slope.abs() * root(one, d_out, of.v, "b g r m e, b g n e -> b g r m n")
 
