@@ -57,7 +57,7 @@ def of_cell(cell: Cell, seed: int, device: torch.device | str) -> Ask:
         return x if cell.decodes else x.transpose(1, 2)
 
     q, k = heads(cell.h, cell.m), heads(cell.g, cell.n)
-    if cell.rotates:
+    if cell.rotary:
         options = {
             "position": torch.arange(cell.m, device=device),
             "rotation": Rotation(inv_freq(cell.d, base=5e5, device=device)),
@@ -66,9 +66,13 @@ def of_cell(cell: Cell, seed: int, device: torch.device | str) -> Ask:
             cell, (q, k), (heads(cell.h, cell.m), heads(cell.g, cell.n)) if cell.backward else (), options=options
         )
     mask = cell.build_mask()
-    problem = Attention(m=cell.m, n=cell.n, mask=mask)
+    options: dict[str, Any] = {"mask": Attention(m=cell.m, n=cell.n, mask=mask).build_mask()}
+    if cell.softcap:
+        options["softcap"] = cell.softcap
+    if cell.sinks:
+        options["sink"] = torch.randn(cell.h, generator=draw, device=device)
     back = (heads(cell.h, cell.m),) if cell.backward else ()
-    return Ask(cell, (q, k, heads(cell.g, cell.n)), back, mask, {"mask": problem.build_mask()})
+    return Ask(cell, (q, k, heads(cell.g, cell.n)), back, mask, options)
 
 
 def bind(ask: Ask, function: Callable[..., tuple[Tensor, ...]]) -> Call:

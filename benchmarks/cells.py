@@ -11,12 +11,14 @@ from typing import Any, Final
 
 from longspan.laws import Attention, Rotate
 
-SECTIONS: Final = ("forward", "backward", "decode", "rotate", "growth", "memory")
+SECTIONS: Final = ("forward", "backward", "features", "decode", "rotate", "host", "growth", "memory")
 WIDTH: Final = 2048  # heads · head dimension of the tables
 TOKENS: Final = 16_384  # batch · tokens of the tables
 K: Final = 1024
 ITEM: Final = 2  # bytes of a bf16 element
 TYPICAL: Final[dict[str, Any]] = {"h": 32, "g": 8, "d": 128}  # heads of an 8-billion-parameter model
+# Sixteen documents of mixed length in 64k tokens.
+DOCUMENTS: Final = (24 * K, 12 * K, 8 * K, 6 * K, 4 * K, 2904, 2600, 1800, 1100, 700, 444, 300, 256, 96, 31, 9)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +27,11 @@ class Cell:
 
     Attributes:
         section: The table.
-        mask: What queries see: ``full``, ``causal``, or ``window``.
+        mask: What queries see: ``full``, ``causal``, ``window``, or ``packed`` (causal within `DOCUMENTS`).
         window: Keys that a query sees under ``window``, its own included.
+        softcap: Cap of the scores.
+        sinks: Whether every head has a learned sink.
+        rotary: Whether queries and keys are rotated, and nothing attends.
         backward: Whether the gradient is raced, and not the function.
         quick: Whether ``--quick`` keeps it.
     """
@@ -40,6 +45,9 @@ class Cell:
     d: int
     mask: str = "full"
     window: int = 0
+    softcap: float | None = None
+    sinks: bool = False
+    rotary: bool = False
     backward: bool = False
     quick: bool = False
 
@@ -49,28 +57,31 @@ class Cell:
         seen = f"window {self.window}" if self.window else self.mask
         size = f"b{self.b} h{self.h}/{self.g} d{self.d} m{self.m} n{self.n}"
         direction = "backward" if self.backward else "forward"
-        return f"{self.section}: {size} {direction}" + ("" if self.section == "rotate" else f" {seen}")
+        return f"{self.section}: {size} {direction} " + ("rotary" if self.rotary else seen) + self.extras
+
+    @property
+    def extras(self) -> str:
+        """What scores are beside scaled products, in words that follow a list."""
+        return (f", softcap {self.softcap:g}" if self.softcap else "") + (", sinks" if self.sinks else "")
 
     @property
     def features(self) -> tuple[Any, ...]:
         """What the code that runs depends on, sizes apart: cells that share it share a gate."""
-        return self.rotates, self.backward, self.decodes, self.d, self.h // self.g, self.mask
-
-    @property
-    def rotates(self) -> bool:
-        """Whether it is a rotation, and not attention."""
-        return self.section == "rotate"
+        scores = self.mask, self.softcap, self.sinks
+        return self.rotary, self.backward, self.decodes, self.d, self.h // self.g, *scores
 
     @property
     def decodes(self) -> bool:
         """Whether few queries read a long cache."""
-        return self.section == "decode"
+        return self.section == "decode" or (self.section == "host" and self.m == 1)
 
     @property
     def pairs(self) -> float:
         """Pairs of a query and a key that count as work; of a causal square, half by rule."""
         if self.mask == "window":
             return self.m * self.window - self.window * (self.window - 1) / 2
+        if self.mask == "packed":
+            return sum(length**2 / 2 for length in DOCUMENTS)
         return self.m * self.n / (2 if self.mask == "causal" else 1)
 
     @property
@@ -81,22 +92,28 @@ class Cell:
     @property
     def bytes(self) -> float:
         """Bytes that have to move: those of keys and values, or of heads read and written."""
-        if self.rotates:
+        if self.rotary:
             return 2 * self.b * (self.h + self.g) * self.m * self.d * ITEM
         return 2 * self.b * self.g * self.n * self.d * ITEM
 
     @property
     def unit(self) -> str:
         """Unit of the figure."""
-        return "TB/s" if self.rotates or self.decodes else "TFLOP/s"
+        if self.section == "host":
+            return "µs"
+        return "TB/s" if self.rotary or self.decodes else "TFLOP/s"
 
     def figure(self, seconds: float) -> float:
-        """Work by time, in 10^12 a second."""
+        """Work by time, in 10^12 a second; of the host, the time itself, in microseconds."""
+        if self.unit == "µs":
+            return seconds * 1e6
         return (self.bytes if self.unit == "TB/s" else self.flops) / seconds * 1e-12
 
     def build_mask(self) -> str:
         """Source of the mask, in the names of `longspan.spec.masks`."""
-        return {"full": "everything()", "causal": "causal()", "window": f"causal() & window({self.window})"}[self.mask]
+        packed = f"documents({list(DOCUMENTS)}, {list(DOCUMENTS)}) & causal()"
+        window = f"causal() & window({self.window})"
+        return {"full": "everything()", "causal": "causal()", "window": window, "packed": packed}[self.mask]
 
     def as_json(self) -> dict[str, Any]:
         """The fields that say what was raced."""
@@ -105,7 +122,7 @@ class Cell:
 
 def cells() -> list[Cell]:
     """Every cell, table by table."""
-    return [*forward(), *backward(), *decode(), *rotation(), *growth(), *memory()]
+    return [*forward(), *backward(), *features(), *decode(), *rotation(), *host(), *growth(), *memory()]
 
 
 def forward() -> list[Cell]:
@@ -143,6 +160,28 @@ def square(section: str, quick: set[tuple[int, str]]) -> list[Cell]:
     ]
 
 
+def features() -> list[Cell]:
+    """What masks and scores of real models cost beside plain causal attention, of equal visible work."""
+    size: dict[str, Any] = {"section": "features", **TYPICAL, "m": 64 * K, "n": 64 * K, "mask": "causal"}
+    return [
+        Cell(**size, quick=True),
+        Cell(**{**size, "mask": "window"}, window=4096),
+        Cell(**{**size, "mask": "packed"}, quick=True),
+        Cell(**size, softcap=30.0),
+        Cell(**size, sinks=True),
+    ]
+
+
+def host() -> list[Cell]:
+    """Problems so small that a call is what the host does for it."""
+    small: dict[str, Any] = {"section": "host", "h": 2, "g": 2, "m": 16, "d": 64, "quick": True}
+    return [
+        Cell(**small, n=16, mask="causal"),
+        Cell(**{**small, "m": 1}, n=64),
+        Cell(**small, n=16, rotary=True),
+    ]
+
+
 def decode() -> list[Cell]:
     """One query per sequence against a cache."""
     sizes = ((1, 8 * K), (1, 128 * K), (1, 1024 * K), (16, 32 * K), (64, 8 * K))
@@ -152,7 +191,7 @@ def decode() -> list[Cell]:
 def rotation() -> list[Cell]:
     """Queries and keys of one prompt."""
     return [
-        Cell(section="rotate", **TYPICAL, m=m, n=m, backward=back, quick=not back or m == 128 * K)
+        Cell(section="rotate", **TYPICAL, m=m, n=m, rotary=True, backward=back, quick=not back or m == 128 * K)
         for back, lengths in ((False, (4 * K, 32 * K, 128 * K)), (True, (32 * K, 128 * K)))
         for m in lengths
     ]
@@ -180,7 +219,7 @@ def problems(cell: Cell) -> tuple[Attention | Rotate, ...]:
     Sizes of the plain one are multiples of 16, as the cell's are, and of no tile: Triton compiles the same code for
     both. Those of the other are odd. Peers do not promise to bear NaN, so that is for backends of this project.
     """
-    if cell.rotates:
+    if cell.rotary:
         ragged: dict[str, Any] = {
             "b": cell.b,
             "h": cell.h,
@@ -191,6 +230,8 @@ def problems(cell: Cell) -> tuple[Attention | Rotate, ...]:
         }
         return (Rotate(**ragged, m=336, largest=2**17, seed=1),)
     heads: dict[str, Any] = {
+        "softcap": cell.softcap,
+        "sink": 2.0 if cell.sinks else None,
         "h": 2 * cell.h // cell.g,
         "g": 2,
         "d": cell.d,
@@ -202,6 +243,12 @@ def problems(cell: Cell) -> tuple[Attention | Rotate, ...]:
         return (
             Attention(b=3, **heads, m=1, n=1232),
             Attention(b=3, **heads, m=1, n=1237, mask="lengths([1237, 1000, 1])", dead=float("nan"), needle=True),
+        )
+    if cell.mask == "packed":
+        packed = "documents([150, 0, 47], [200, 33, 90]) & causal()"
+        return (
+            Attention(b=2, **heads, m=336, n=336, mask="documents([200, 136], [200, 136]) & causal()"),
+            Attention(b=2, **heads, m=197, n=333, mask=packed, dead=float("nan"), needle=True),
         )
     mask = "causal() & window(100)" if cell.mask == "window" else cell.build_mask()
     lengths = f"{mask} & lengths([304, 211])"

@@ -22,6 +22,8 @@ IDLE: Final = 0.03  # seconds before each measurement
 SHORT: Final = 100e-6  # seconds below which a launch is captured in a graph
 TURN: Final = 0.015  # seconds of launches that one measurement is made of
 ONCE: Final = 0.2  # seconds above which one launch is a measurement
+STRETCHES: Final = 20  # of calls that are timed on the host
+STRETCH: Final = 50  # calls; some hundred launches wait in a stream before the host has to
 CACHES: Final = 3  # times the last-level cache that inputs, or what clears it, fill
 
 
@@ -33,18 +35,18 @@ class Reading:
         seconds: Median of the rounds.
         spread: Slowest less fastest round, by the median.
         rounds: How many.
-        timed: By events around launches, or around a graph of them.
+        timed: By events around launches, by events around a graph of them, or on the host alone.
         eager: Seconds a launch when launched one by one without a pause, host time included; where a graph was timed.
     """
 
     seconds: float
     spread: float
     rounds: int
-    timed: Literal["events", "graph"]
+    timed: Literal["events", "graph", "host"]
     eager: float | None = None
 
 
-def summary(times: Sequence[float], timed: Literal["events", "graph"], eager: float | None = None) -> Reading:
+def summary(times: Sequence[float], timed: Literal["events", "graph", "host"], eager: float | None = None) -> Reading:
     """Sum the rounds up."""
     middle = statistics.median(times)
     return Reading(middle, (max(times) - min(times)) / middle, len(times), timed, eager)
@@ -93,6 +95,26 @@ def race(
     return {
         name: summary(spent, "graph" if name in eager else "events", eager.get(name)) for name, spent in times.items()
     }
+
+
+def race_on_host(ready: dict[str, Call], *, count: int = ROUNDS, seed: int = 0) -> dict[str, Reading]:
+    """Race what the host does for a call: nobody waits for the card, which does next to nothing."""
+    measures = {name: lambda call=call: returned(call) for name, call in ready.items()}
+    times = rounds(measures, count, random.Random(seed), rest)  # noqa: S311 - an order is no secret
+    return {name: summary(spent, "host") for name, spent in times.items()}
+
+
+def returned(call: Call) -> float:
+    """Return the seconds until a call returns: the median of stretches short enough for the card's queue."""
+    stretches = []
+    for _ in range(STRETCHES):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        for _ in range(STRETCH):
+            call()
+        stretches.append((time.perf_counter() - begin) / STRETCH)
+    torch.cuda.synchronize()
+    return statistics.median(stretches)
 
 
 def rest() -> None:

@@ -103,7 +103,7 @@ def same(name: str, found: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
 
 def limits(ask: Ask) -> dict[str, Bound]:
     """True results of an ask, and how far from them each element may be."""
-    if ask.cell.rotates:
+    if ask.cell.rotary:
         position, rotation = ask.options["position"], ask.options["rotation"]
         back = Rotation(-rotation.inv_freq, rotation.attention_factor)
         turned, along = (ask.cotangents, back) if ask.cotangents else (ask.inputs, rotation)

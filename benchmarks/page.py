@@ -12,6 +12,8 @@ EMPTY: Final = "No results are recorded yet: `make bench` records those of your 
 TITLES: Final = {
     "forward": "Attention, forward: TFLOP/s",
     "backward": "Attention, backward: TFLOP/s",
+    "features": "Masks and scores of real models, forward: TFLOP/s of visible work",
+    "host": "The host's part of one call, gradients off: µs",
     "decode": "Decode: TB/s of keys and values read",
     "rotate": "Rotary embedding of queries and keys: TB/s read and written",
     "growth": "Growth: time over tokens²",
@@ -76,7 +78,7 @@ def grid(section: str, cells: Sequence[dict[str, Any]]) -> str:
     rows = []
     for cell in cells:
         readings = {x["kernel"]: x for x in cell["readings"]}
-        best = max((x["figure"] for name, x in readings.items() if name not in CEILINGS), default=None)
+        best = min((x["median_us"] for name, x in readings.items() if name not in CEILINGS), default=None)
         rows.append([label(section, cell["cell"]), *(figure(readings.get(name), best) for name in kernels)])
     return table(["problem", *kernels], rows)
 
@@ -86,7 +88,7 @@ def figure(reading: dict[str, Any] | None, best: float | None) -> str:
     if reading is None:
         return "–"
     text = short(reading["figure"])
-    if reading["figure"] == best:
+    if reading["median_us"] == best:
         text = f"**{text}**"
     if reading["eager_us"] is not None:
         text += f" ({short(reading['median_us'])} µs; eager {short(reading['eager_us'])} µs)"
@@ -152,15 +154,20 @@ def label(section: str, of: dict[str, Any]) -> str:
     """A problem in a few words."""
     heads = str(of["h"]) if of["h"] == of["g"] else f"{of['h']}/{of['g']}"
     size = f"batch {of['b']}, {thousands(of['n'])} tokens, {heads} heads, d{of['d']}"
-    if section == "rotate":
-        return size + (", backward" if of["backward"] else "")
+    if of["rotary"]:
+        return size + (", backward" if of["backward"] else "") + (", rotary" if section == "host" else "")
     if section in {"decode", "growth", "memory"}:
         return size
-    return f"{size}, window {of['window']}" if of["window"] else f"{size}, {of['mask']}"
+    extras = (f", softcap {of['softcap']:g}" if of["softcap"] else "") + (", sinks" if of["sinks"] else "")
+    if section == "host":
+        extras += f", {of['m']} queries"
+    return f"{size}, window {of['window']}{extras}" if of["window"] else f"{size}, {of['mask']}{extras}"
 
 
 def thousands(tokens: int) -> str:
     """Tokens in units of 1024, or of its square."""
+    if tokens % 1024:
+        return str(tokens)
     return f"{tokens // 2**20}M" if tokens % 2**20 == 0 else f"{tokens // 1024}k"
 
 

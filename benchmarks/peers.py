@@ -62,7 +62,7 @@ def own(name: str) -> Callable[[Ask], Function]:
     """Enter a backend of this project with attention and rotation."""
 
     def prepare(ask: Ask) -> Function:
-        module, operation = backend(name), "rotate_qk" if ask.cell.rotates else "attention"
+        module, operation = backend(name), "rotate_qk" if ask.cell.rotary else "attention"
         options = ask.options
         serve(module, operation, *ask.inputs, **options)
         if operation == "rotate_qk":
@@ -114,6 +114,12 @@ def serve(module: ModuleType, operation: str, *args: Tensor, **options: object) 
 
 def simple(ask: Ask) -> None:
     """Skip what only this project's conventions can say: peers take squares, and one query against all keys."""
+    if ask.cell.rotary:
+        msg = "does not rotate"
+        raise Skipped(msg)
+    if ask.cell.extras or "documents" in ask.mask:
+        msg = "is not asked for documents, softcap or sinks here"
+        raise Skipped(msg)
     q, k, _ = ask.inputs
     if "lengths" in ask.mask or (ask.mask != "everything()" and q.shape[2] != k.shape[2]):
         msg = "takes no lengths, and aligns causal masks its own way"
@@ -194,6 +200,7 @@ def flash_attn_4(ask: Ask) -> Function:
 
 def liger(ask: Ask) -> Function:
     """Enter Liger's rotary, which turns in place by a table."""
+    rotating(ask)
     rotary = installed("liger_kernel.ops.rope", "liger-kernel").LigerRopeFunction
     cos, sin = (x[0] for x in table(ask))
     return lambda q, k: rotary.apply(q, k, cos, sin)
@@ -201,6 +208,7 @@ def liger(ask: Ask) -> Function:
 
 def compiled_rotary(ask: Ask) -> Function:
     """Enter the usual rotary in PyTorch, compiled, by a table."""
+    rotating(ask)
     widen_compile_cache()
     cos, sin = table(ask)
 
@@ -211,6 +219,13 @@ def compiled_rotary(ask: Ask) -> Function:
 
     run = torch.compile(lambda q, k, cos, sin: (turned(q, cos, sin), turned(k, cos, sin)), dynamic=False)
     return lambda q, k: run(q, k, cos, sin)
+
+
+def rotating(ask: Ask) -> None:
+    """Skip what is no rotation."""
+    if not ask.cell.rotary:
+        msg = "does not attend"
+        raise Skipped(msg)
 
 
 def copy(ask: Ask) -> Function:
@@ -248,17 +263,19 @@ def widen_compile_cache() -> None:
         setattr(config, name, value)
 
 
-ATTENTION: Final = ("forward", "backward", "decode", "memory")
+ATTENTION: Final = ("forward", "backward", "features", "decode", "host", "memory")
 CONTESTANTS: Final = (
+    Contestant("hopper", (*ATTENTION, "growth"), own("hopper"), own=True),
+    Contestant(f"hopper, pages of {PAGE}", ("decode",), paged("hopper"), own=True),
     Contestant("flash", (*ATTENTION, "growth", "rotate"), own("flash"), own=True),
     Contestant(f"flash, pages of {PAGE}", ("decode",), paged("flash"), own=True),
-    Contestant("sdpa", ATTENTION, own("sdpa"), own=True),
+    Contestant("sdpa", ("forward", "backward", "decode", "memory"), own("sdpa"), own=True),
     Contestant("SDPA FA2", ATTENTION, sdpa(SDPBackend.FLASH_ATTENTION)),
     Contestant("SDPA cuDNN", ATTENTION, sdpa(SDPBackend.CUDNN_ATTENTION)),
-    Contestant("FlexAttention", ("forward", "backward", "decode"), flex),
-    Contestant("flash-attn-4", ("forward", "backward"), flash_attn_4),
-    Contestant("Liger", ("rotate",), liger),
-    Contestant("torch.compile", ("rotate",), compiled_rotary),
+    Contestant("FlexAttention", ("forward", "backward", "features", "decode"), flex),
+    Contestant("flash-attn-4", ("forward", "backward", "features"), flash_attn_4),
+    Contestant("Liger", ("rotate", "host"), liger),
+    Contestant("torch.compile", ("rotate", "host"), compiled_rotary),
     Contestant("device copy", ("rotate",), copy),
     Contestant("read sweep", ("decode",), read),
 )

@@ -39,6 +39,8 @@ def panels(section: str, cells: Cells) -> dict[str, dict[str, Line]]:
             "growth": "causal",
             "memory": "forward and backward, causal",
         }.get(section, f"d{of['d']}, {of['h']}/{of['g']} heads, {of['mask']}")
+        if section == "features":
+            title += (", softcap" if of["softcap"] else "") + (", sinks" if of["sinks"] else "")
         for x in cell["readings"]:
             line = found.setdefault(title, {}).setdefault(x["kernel"], {})
             line[of["n"]] = drawn(section, of, x)
@@ -61,9 +63,9 @@ def axis(section: str) -> str:
 
 
 def draw(device: str, section: str, cells: Cells, folder: Path) -> Path | None:
-    """Draw one table into a file; None where it holds no figure."""
+    """Draw one table into a file; None where it holds no figure, or one length alone."""
     found = panels(section, cells)
-    if not found:
+    if not found or section == "host":
         return None
     path = folder / picture(device, section)
     folder.mkdir(parents=True, exist_ok=True)

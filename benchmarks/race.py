@@ -20,7 +20,7 @@ from typing import Any, Final
 import torch
 from ask import Ask, Call, bind, of_cell
 from cells import SECTIONS, Cell, cells
-from clock import ROUNDS, Reading, peak, race
+from clock import ROUNDS, Reading, peak, race, race_on_host
 from gate import Verdict, groups, guarded, verdict_of
 from peers import CEILINGS, Contestant, entrants
 from record import RESULTS, entry, memory_entry, now, path_of, save, significant, versions
@@ -120,6 +120,8 @@ def timed(cell: Cell, verdicts: Verdicts, count: int) -> dict[str, Reading]:
     for name, contestant in racing.items():
         with out_with(contestant, verdicts):
             ready[name] = once(name, lambda name=name: enter(name, 0))
+    if cell.section == "host":
+        return race_on_host(ready, count=count)
     return race(ready, enter, cell.bytes, count=count)
 
 
@@ -164,12 +166,12 @@ def lines(result: dict[str, Any]) -> list[str]:
     if readings and "extra_bytes" in readings[0]:
         text = [f"{x['kernel']:22} {x['extra_bytes'] / 2**20:10.1f} MiB" for x in readings]
     else:
-        best = max((x["figure"] for x in readings if x["kernel"] not in CEILINGS), default=1.0)
+        best = min((x["median_us"] for x in readings if x["kernel"] not in CEILINGS), default=1.0)
         text = [
             f"{x['kernel']:22} {x['figure']:8.4g} {x['unit']}  {x['median_us']:10.6g} µs ±{x['spread'] * 50:.1f} %"
-            f"  {significant(x['figure'] / best, 3):.2f} × best"
+            f"  {significant(best / x['median_us'], 3):.2f} × best"
             + ("" if x["eager_us"] is None else f"  eager {x['eager_us']:.4g} µs")
-            for x in sorted(readings, key=lambda x: -x["figure"])
+            for x in sorted(readings, key=lambda x: x["median_us"])
         ]
     for outcome in ("failed", "skipped"):
         text += [f"{name:22} {outcome}: {reason}" for name, reason in result[outcome].items()]

@@ -38,7 +38,7 @@ def bench(monkeypatch: Patch) -> SimpleNamespace:
 
 def small(bench: Bench, section: str = "forward", **changed: Any) -> Any:
     """A cell of a section at a size for a CPU."""
-    sizes = {"h": 2, "g": 1, "m": 40, "n": 40, "d": 16, "mask": "causal"} | changed
+    sizes = {"h": 2, "g": 1, "m": 40, "n": 40, "d": 16, "mask": "causal", "rotary": section == "rotate"} | changed
     return bench.cells.Cell(section=section, **sizes)
 
 
@@ -48,12 +48,13 @@ def small(bench: Bench, section: str = "forward", **changed: Any) -> Any:
         ("forward: b1 h16/16 d128 m16384 n16384 forward full", 2_199_023_255_552, "TFLOP/s"),
         ("forward: b4 h16/16 d128 m4096 n4096 forward causal", 274_877_906_944, "TFLOP/s"),
         ("backward: b1 h16/16 d128 m16384 n16384 backward full", 5_497_558_138_880, "TFLOP/s"),
-        # 131072 queries see 4096 keys each, but for the first 4095, which see 1, 2, 3, …: 528 484 352 pairs
+        # 131072 queries see 4096 keys each, but the first 4095, which see 1, 2, 3, …; packed: 24576²/2 + 12288²/2 + …
         ("forward: b1 h32/8 d128 m131072 n131072 forward window 4096", 8_658_687_623_168, "TFLOP/s"),
         ("growth: b1 h8/2 d128 m1048576 n1048576 forward causal", 2_251_799_813_685_248, "TFLOP/s"),
+        ("features: b1 h32/8 d128 m65536 n65536 forward packed", 7_349_089_746_944, "TFLOP/s"),
         ("decode: b1 h32/8 d128 m1 n8192 forward full", 33_554_432, "TB/s"),  # 2 · 8 · 8192 · 128 elements of 2 bytes
         ("decode: b64 h32/8 d128 m1 n8192 forward full", 2_147_483_648, "TB/s"),
-        ("rotate: b1 h32/8 d128 m4096 n4096 forward", 83_886_080, "TB/s"),  # 40 heads, read and written
+        ("rotate: b1 h32/8 d128 m4096 n4096 forward rotary", 83_886_080, "TB/s"),  # 40 heads, read and written
     ],
 )
 def test_work_is_counted_by_rule(bench: Bench, name: str, work: int, unit: str) -> None:
@@ -76,12 +77,12 @@ def test_every_gate_of_attention_has_dead_slots_and_sizes_that_no_tile_divides(b
     for cell in bench.cells.cells():
         plain, *poisoned = bench.cells.problems(cell)
         assert cell.decodes or plain.m % 32
-        assert cell.rotates or plain.n % 32
+        assert cell.rotary or plain.n % 32
         for problem in poisoned:
             _, k, v = problem.inputs().arguments
             assert k.isnan().any()
             assert v.isnan().any()
-        assert bool(poisoned) != cell.rotates
+        assert bool(poisoned) != cell.rotary
 
 
 class Planted:
@@ -218,7 +219,7 @@ def raced(bench: Bench, monkeypatch: Patch, tmp_path: Path) -> tuple[int, Any]:
     cell = small(bench, quick=True)
     outcomes = {
         "flash": "failed", "FlexAttention": "skipped", "flash-attn-4": "skipped", "SDPA cuDNN": "passed",
-        "SDPA FA2": "passed", "sdpa": "passed", "Liger": "skipped",
+        "SDPA FA2": "passed", "sdpa": "passed", "Liger": "skipped", "hopper": "skipped",
     }  # fmt: skip
     verdicts = {name: bench.gate.Verdict(name, outcome, f"{name} said so", 0.5) for name, outcome in outcomes.items()}
     gpu = {"is_available": True, "get_device_name": "Pretended 9000", "synchronize": None, "empty_cache": None}
@@ -245,7 +246,7 @@ def test_who_fails_gets_no_figure_and_the_run_says_so(
     assert cell["failed"] == {"flash": "flash said so"}
     # A CPU has no cuDNN: it passed the gate, and is out with the reason at full size. Liger is of another table.
     assert cell["skipped"].pop("SDPA cuDNN").startswith("RuntimeError")
-    assert cell["skipped"] == {name: f"{name} said so" for name in ("FlexAttention", "flash-attn-4")}
+    assert cell["skipped"] == {name: f"{name} said so" for name in ("FlexAttention", "flash-attn-4", "hopper")}
     assert all(name in printed for name in ("FlexAttention said so", "SDPA FA2"))
 
 
@@ -288,8 +289,11 @@ def test_pictures_and_tables_show_every_figure(bench: Bench, monkeypatch: Patch,
     _, results = raced(bench, monkeypatch, tmp_path)
     run = results["sections"]["forward"]
     monkeypatch.setattr(bench.plots, "IMAGES", tmp_path)
-    path = bench.plots.draw(results["device"], "forward", run["cells"], tmp_path)
-    assert path.read_bytes().startswith(b"\x89PNG")
+    assert (
+        (path := bench.plots.draw(results["device"], "forward", run["cells"], tmp_path))
+        .read_bytes()
+        .startswith(b"\x89PNG")
+    )
     text = bench.plots.made([results])
     assert f"images/{path.name}" in text
     assert "| problem | sdpa | SDPA FA2 |" in text
