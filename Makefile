@@ -28,7 +28,7 @@ check: ## every guard that reads the source: style, types, layers, spelling
 	PYTHONPATH=.namespace .venv/bin/lint-imports
 	.venv/bin/codespell
 
-bench: ## race the kernels beside installed peers on this machine's GPU, draw the results, write docs/benchmarks.md
+bench: ## race the kernels beside installed peers on this machine's GPU, draw the results, write README and docs/benchmarks.md
 	@tools/setup test
 	.venv/bin/python benchmarks/race.py $(ARGS)
 	.venv/bin/python benchmarks/plots.py

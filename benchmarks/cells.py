@@ -156,7 +156,7 @@ def square(section: str, quick: set[tuple[int, str]]) -> list[Cell]:
         )
         for d in (64, 128, 256)
         for mask in ("causal", "full")
-        for length in (4 * K, 16 * K)
+        for length in (K, 4 * K, 16 * K)
     ]
 
 

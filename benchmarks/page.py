@@ -1,10 +1,11 @@
 """Results as Markdown: every table of the page, made from the results files and from nothing else."""
 
+import math
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any, Final
 
-from peers import CEILINGS
+from peers import CEILINGS, CONTESTANTS
 
 BEGIN: Final = "<!-- made by benchmarks/plots.py from benchmarks/results: begin -->"
 END: Final = "<!-- made by benchmarks/plots.py from benchmarks/results: end -->"
@@ -19,6 +20,16 @@ TITLES: Final = {
     "growth": "Growth: time over tokens²",
     "memory": "Memory of forward and backward beyond inputs and results",
 }
+
+
+# What README rates, and in which words; flash-attn-4 is a peer.
+RATED: Final = {
+    "forward": "attention, forward", "backward": "attention, backward", "features": "real models' masks and scores",
+    "decode": "decode", "rotate": "rotary embedding",
+}  # fmt: skip
+SHOWN: Final = ("forward", "backward", "decode", "rotate", "memory")  # as pictures, in README
+OWN: Final = tuple(contestant.name for contestant in CONTESTANTS if contestant.own)
+KERNELS: Final = tuple(name for name in OWN if name != "sdpa")  # which only leads to PyTorch's
 
 
 def replaced(page: str, made: str) -> str:
@@ -59,6 +70,48 @@ def device(found: dict[str, Any], images: set[str]) -> str:
         if image in images:
             parts.append(f"![{TITLES[section]}, {found['device']}](images/{image})")
     return "\n\n".join(parts)
+
+
+def brief(results: Sequence[dict[str, Any]], images: Iterable[str]) -> str:
+    """Write README's part: every backend against every peer, table by table, and the pictures.
+
+    Args:
+        results: Results files, as read.
+        images: Names of the pictures that exist.
+    """
+    images = set(images)
+    return "\n\n".join(part for found in results for part in against(found, images)) if results else EMPTY
+
+
+def against(found: dict[str, Any], images: set[str]) -> list[str]:
+    """Write README's part on one device."""
+    rows = []
+    for section, run in found["sections"].items():
+        if section in RATED:
+            rows += [[RATED[section], *row] for row in ratios(run["cells"])]
+    dates = sorted({run["date"] for run in found["sections"].values()})
+    head = f"{found['device']}, {dates[0][:10]}: speed as a multiple of the peer's, in one run with it."
+    pictures = [
+        f"![{TITLES[section]}, {found['device']}](docs/images/{picture(found['device'], section)})"
+        for section in SHOWN
+        if section in found["sections"] and picture(found["device"], section) in images
+    ]
+    titles = ["table", "backend", "against", "geometric mean", "worst problem", "best problem"]
+    return [head, table(titles, rows), *pictures]
+
+
+def ratios(cells: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """Rate this project's contestants by each peer that ran the same problems: backend, peer, mean, worst, best."""
+    times = [{x["kernel"]: x["median_us"] for x in cell["readings"]} for cell in cells]
+    ordered = [name for name in names(cells) if name not in CEILINGS]
+    rows = []
+    for own in (name for name in ordered if name in KERNELS):
+        for peer in (name for name in ordered if name not in OWN):
+            found = [time[peer] / time[own] for time in times if {own, peer} <= set(time)]
+            if found:
+                mean = math.exp(sum(map(math.log, found)) / len(found))
+                rows.append([own, peer, *(f"{x:.2f}" for x in (mean, min(found), max(found)))])
+    return rows
 
 
 def picture(name: str, section: str) -> str:
@@ -146,7 +199,8 @@ def names(cells: Sequence[dict[str, Any]]) -> list[str]:
     """Contestants with a figure, longspan's first and ceilings last."""
     found = {x["kernel"] for cell in cells for x in cell["readings"]}
     return sorted(
-        found, key=lambda name: (name in CEILINGS, not name.startswith(("hopper", "flash", "sdpa")), name.lower())
+        found,
+        key=lambda name: (name in CEILINGS, OWN.index(name) if name in OWN else len(OWN), name.lower()),
     )
 
 

@@ -1,4 +1,4 @@
-"""Draw the results files, and write their tables into docs/benchmarks.md.
+"""Draw the results files, and write their tables into docs/benchmarks.md and what they come to into README.md.
 
 python benchmarks/plots.py
 """
@@ -10,13 +10,13 @@ from typing import Any, Final
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from page import names, picture, render, replaced, thousands
+from page import KERNELS, brief, names, picture, render, replaced, thousands
 from record import RESULTS, load
 
 ROOT: Final = Path(__file__).parents[1]
 PAGE: Final = ROOT / "docs" / "benchmarks.md"
+README: Final = ROOT / "README.md"
 IMAGES: Final = ROOT / "docs" / "images"
-OWN: Final = ("flash", "hopper")  # drawn strong
 COLUMNS: Final = 3
 
 Cells = Sequence[dict[str, Any]]
@@ -103,10 +103,9 @@ def panel(ax: Axes, title: str, lines: dict[str, Line], colours: dict[str, str])
     lengths = sorted({length for line in lines.values() for length in line})
     for name, line in sorted(lines.items()):
         points = sorted(line.items())
-        strong = name.startswith(OWN) and not name.startswith("flash-attn")
         ax.plot(
             *zip(*points, strict=True), label=name, color=colours[name], marker="o", markersize=4,
-            linewidth=2.2 if strong else 1.1,
+            linewidth=2.2 if name in KERNELS else 1.1,
         )  # fmt: skip
     ax.set_title(title, fontsize=9)
     ax.set_xscale("log", base=2)
@@ -117,9 +116,10 @@ def panel(ax: Axes, title: str, lines: dict[str, Line], colours: dict[str, str])
     ax.grid(alpha=0.3)
 
 
-def made(found: Sequence[dict[str, Any]]) -> str:
-    """What the page holds between its markers."""
-    return render(found, {path.name for path in IMAGES.glob("*.png")})
+def made(found: Sequence[dict[str, Any]]) -> dict[Path, str]:
+    """What each page holds between its markers."""
+    images = {path.name for path in IMAGES.glob("*.png")}
+    return {PAGE: render(found, images), README: brief(found, images)}
 
 
 def main() -> int:
@@ -129,8 +129,9 @@ def main() -> int:
         for section, run in results["sections"].items():
             path = draw(results["device"], section, run["cells"], IMAGES)
             print(f"{path or 'nothing'} drawn for {results['device']}, {section}")
-    PAGE.write_text(replaced(PAGE.read_text("utf-8"), made(found)), "utf-8")
-    print(f"{PAGE} holds the tables of {len(found)} devices")
+    for page, text in made(found).items():
+        page.write_text(replaced(page.read_text("utf-8"), text), "utf-8")
+        print(f"{page} holds what was recorded on {len(found)} devices")
     return 0
 
 

@@ -280,9 +280,19 @@ def test_results_are_whole(bench: Bench, path: Path) -> None:
                 assert section == "memory" or x["figure"] == pytest.approx(cell.figure(x["median_us"] * 1e-6), rel=1e-3)
 
 
-def test_the_page_is_what_the_script_makes_of_the_results(bench: Bench) -> None:
-    text = bench.plots.PAGE.read_text("utf-8")
-    assert text == bench.page.replaced(text, bench.plots.made(bench.plots.recorded()))
+def test_the_pages_are_what_the_script_makes_of_the_results(bench: Bench) -> None:
+    for page, made in bench.plots.made(bench.plots.recorded()).items():
+        text = page.read_text("utf-8")
+        assert text == bench.page.replaced(text, made)
+
+
+def test_a_rating_is_the_geometric_mean_over_the_problems_that_both_ran(bench: Bench) -> None:
+    times = [{"flash": 2.0, "SDPA FA2": 4.0}, {"flash": 2.0, "SDPA FA2": 1.0}, {"flash": 5.0}]
+    cells = [
+        {"readings": [{"kernel": name, "median_us": time} for name, time in cell.items()]}
+        for cell in (*times, {"SDPA FA2": 9.0, "sdpa": 1.0, "read sweep": 1.0})
+    ]
+    assert bench.page.ratios(cells) == [["flash", "SDPA FA2", "1.00", "0.50", "2.00"]]
 
 
 def test_pictures_and_tables_show_every_figure(bench: Bench, monkeypatch: Patch, tmp_path: Path) -> None:
@@ -294,7 +304,9 @@ def test_pictures_and_tables_show_every_figure(bench: Bench, monkeypatch: Patch,
         .read_bytes()
         .startswith(b"\x89PNG")
     )
-    text = bench.plots.made([results])
+    brief = bench.plots.made([results])[bench.plots.README]
+    assert f"](docs/images/{path.name})" in brief
+    text = bench.plots.made([results])[bench.plots.PAGE]
     assert f"images/{path.name}" in text
     assert "| problem | sdpa | SDPA FA2 |" in text
     assert "- flash failed in 1 of 1: flash said so" in text
