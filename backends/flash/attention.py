@@ -11,17 +11,16 @@ from einops import rearrange
 from torch import Tensor
 
 from longspan.spec import AttentionState
-from longspan.spec.checks import check_attention, check_lengths, check_pages, check_ragged
+from longspan.spec.checks import check_attention, check_lengths, check_ragged
 from longspan.spec.masks import Mask, documents, everything
 
-from ..registry import Unsupported
+from . import decode
 from .function import attend
 from .launch import INTERPRETED
 from .lowering import lower
 from .rope import serve
 
 DTYPES: Final = (torch.float16, torch.bfloat16, torch.float32)
-WIDEST: Final = 256  # of a head, keys or values: a tile's rows are held whole
 LONGEST: Final = 2**30 - 1  # tokens: positions and their differences stay inside int32
 
 
@@ -100,13 +99,14 @@ def declines_attention(
         return f"flash.attention runs on a GPU, or on a CPU under TRITON_INTERPRET=1, got tensors on {q.device}"
     if alibi is not None and alibi.requires_grad and torch.is_grad_enabled():
         return "flash.attention has no gradient for alibi, which requires one"
-    return declines_layout("q", q) or declines_layout("k", k) or declines_layout("v", v)
+    widest = decode.widest(q, k, v)
+    return declines_layout("q", q, widest) or declines_layout("k", k, widest) or declines_layout("v", v, widest)
 
 
-def declines_layout(name: str, x: Tensor) -> str | None:
+def declines_layout(name: str, x: Tensor, widest: int) -> str | None:
     """Say why the kernels cannot read a tensor, or None."""
-    if x.shape[-1] % 8 or x.shape[-1] > WIDEST:
-        return f"flash.attention serves head dimensions in steps of 8 up to {WIDEST}, got {x.shape[-1]} of {name}"
+    if x.shape[-1] % 8 or x.shape[-1] > widest:
+        return f"flash.attention serves head dimensions in steps of 8 up to {widest}, got {x.shape[-1]} of {name}"
     if x.shape[-2] > LONGEST:
         return f"flash.attention counts at most {LONGEST} tokens, got {x.shape[-2]} of {name}"
     if x.stride(-1) != 1 and x.numel():
@@ -171,44 +171,6 @@ def declines_attention_varlen(
     check_ragged(q=q, k=k, v=v)
     check_lengths(q_lengths=q_lengths, k_lengths=k_lengths)
     return declines_attention(*map(one_batch, (q, k, v)), **options)
-
-
-def attention_paged(
-    q: Tensor,
-    q_lengths: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    table: Tensor,
-    lengths: Tensor,
-    *,
-    mask: Mask = everything(),  # noqa: B008 - an immutable value
-    scale: float | None = None,
-    softcap: float | None = None,
-    sink: Tensor | None = None,
-    alibi: Tensor | None = None,
-    out_dtype: torch.dtype | None = None,
-    deterministic: bool = False,
-) -> AttentionState:
-    """Decline: no kernel reads block tables yet, and gathering the pages would be silently slow.
-
-    Raises:
-        ValueError: For what means nothing, as the specification.
-        Unsupported: Always.
-    """
-    del mask, scale, softcap, sink, alibi, out_dtype, deterministic
-    raise Unsupported(
-        declines_attention_paged(q, q_lengths, k_pages, v_pages, table, lengths), alternatives=("sdpa", "eager")
-    )
-
-
-def declines_attention_paged(
-    q: Tensor, q_lengths: Tensor, k_pages: Tensor, v_pages: Tensor, table: Tensor, lengths: Tensor, **_: Any
-) -> str:
-    """Say why `attention_paged` raises `Unsupported`."""
-    check_ragged(q=q)
-    check_lengths(q_lengths=q_lengths, lengths=lengths)
-    check_pages(k_pages, v_pages, table, lengths)
-    return "flash.attention_paged is not served: no kernel reads block tables"
 
 
 def one_batch(x: Tensor) -> Tensor:

@@ -6,8 +6,9 @@ from typing import Any, Final
 from longspan.spec.checks import refuse
 
 from .append import declines_append_
-from .attention import declines_attention, declines_attention_paged, declines_attention_varlen
+from .attention import declines_attention, declines_attention_varlen
 from .merge import declines_add_sink, declines_merge
+from .paged import declines_attention_paged
 from .rope import declines_rerotate, declines_rotate, declines_rotate_qk
 
 REASONS: Final[dict[str, Callable[..., str | None]]] = {

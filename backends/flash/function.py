@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..registry import Unsupported
+from . import decode
 from .backward import backward
 from .forward import forward
 from .launch import Call, quiet
@@ -30,9 +31,10 @@ torch.library.define(
 
 
 def launch_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    """Run the forward kernel."""
+    """Run the forward kernel: that of few queries where they are few."""
+    run = decode.forward if decode.few(q, k, v) else forward
     with on(q.device), quiet():
-        return forward(Call(*rest), q, k, v)
+        return run(Call(*rest), q, k, v)
 
 
 def launch_backward(
