@@ -1,0 +1,15 @@
+"""FlashAttention for sm_90, warp-specialised: Gluon kernels that feed the tensor cores through the bulk copy engine.
+
+Attention is this package's own. What only moves bytes (rotation, appending, merging, sinks added to a state) is at the
+memory's speed in `flash` already, and is exported from there as it is.
+"""
+
+from ..flash import add_sink, append_, merge, rerotate, rotate, rotate_, rotate_qk, rotate_qk_
+from .attention import attention, attention_paged, attention_varlen
+from .declines import declines
+from .machine import unavailable
+
+__all__ = [
+    "add_sink", "append_", "attention", "attention_paged", "attention_varlen", "declines", "merge", "rerotate",
+    "rotate", "rotate_", "rotate_qk", "rotate_qk_", "unavailable",
+]  # fmt: skip

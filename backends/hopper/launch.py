@@ -1,0 +1,69 @@
+"""From tensors to the arguments of a kernel: what is asked, what the copy engine can address, and its descriptors."""
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from ..flash import launch as flash
+from ..flash.rope_function import PLAIN, transformed
+
+ALIGNED: Final = 16  # bytes: what the copy engine wants of addresses and strides
+WIDEST: Final = 256  # of a head, keys or values: a tile's rows are held whole
+LONGEST: Final = 2**30 - 1  # tokens: positions and their differences stay inside int32
+
+
+@dataclass(frozen=True)
+class Call(flash.Call):
+    """What one call of attention asks beside its queries, keys and values.
+
+    Attributes:
+        deterministic: Whether the gradient must be bitwise repeatable.
+    """
+
+    deterministic: bool = False
+
+
+def padded(width: int) -> int:
+    """Width of a tile's rows in shared memory: a power of two of whole 128-byte swizzle atoms."""
+    return max(64, 1 << (width - 1).bit_length())
+
+
+def declines_layout(name: str, x: Tensor) -> str | None:
+    """Say why the copy engine cannot read a tensor, or None."""
+    if x.shape[3] % 8 or x.shape[3] > WIDEST:
+        return f"hopper.attention serves head dimensions in steps of 8 up to {WIDEST}, got {x.shape[3]} of {name}"
+    if x.shape[2] > LONGEST:
+        return f"hopper.attention counts at most {LONGEST} tokens, got {x.shape[2]} of {name}"
+    if not x.numel() or torch.compiler.is_compiling() or type(x) not in PLAIN or transformed():
+        return None  # without memory to look at: the launch will look at what it is given
+    return declines_address(name, x)
+
+
+def declines_address(name: str, x: Tensor) -> str | None:
+    """Say why the copy engine cannot address a tensor, or None."""
+    if x.stride(3) != 1:
+        return f"hopper.attention reads tensors whose last stride is 1, got strides {list(x.stride())} of {name}"
+    if x.data_ptr() % ALIGNED:
+        return f"hopper.attention reads tensors at addresses that are multiples of {ALIGNED} bytes; {name} is not"
+    size = x.element_size()
+    if any(n > 1 and (step <= 0 or step * size % ALIGNED) for n, step in zip(x.shape[:3], x.stride()[:3], strict=True)):
+        return (
+            f"hopper.attention reads tensors whose strides are multiples of {ALIGNED} bytes and repeat nothing, "
+            f"got strides {list(x.stride())} of {name}"
+        )
+    return None
+
+
+def describe(x: Tensor, rows: int, width: int | None = None) -> Any:
+    """Describe a tensor to the copy engine in tiles [1, 1, rows, width]: what lies outside of it reads as zeros."""
+    from .gluon import TensorDescriptor, gl  # noqa: PLC0415 - Gluon is slow to import, and of no use elsewhere
+
+    block = [1, 1, rows, padded(x.shape[3]) if width is None else width]
+    dtype = getattr(gl, str(x.dtype).removeprefix("torch."))
+    # The stride of an axis of one element says nothing, and may be anything: also something that the engine refuses.
+    whole = ALIGNED * -(-x.shape[3] // ALIGNED)
+    strides = [whole if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True)]
+    layout = gl.NVMMASharedLayout.get_default_for(block, dtype)
+    return TensorDescriptor(x, list(x.shape), [*strides[:3], 1], block, layout)
