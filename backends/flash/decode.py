@@ -1,27 +1,111 @@
+# pyright: basic, reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 """Few queries against many keys: decoding, speculation, the last chunk of a prompt. The keys are split over programs.
 
 Shapes: b batch, h query heads, g key heads, m queries, n keys, d head dimension, e value dimension.
 """
 
-from typing import Final
+from typing import Any, Final
 
+import torch
+import triton
 from torch import Tensor
 
-from .launch import Call
+from .decode_choices import FewChoice, choose_few, few_key
+from .decode_kernel import few_kernel, few_merge_kernel
+from .launch import INTERPRETED, Call, all_seen, describable, describe, padded, per_sequence, strides
 
-WIDEST: Final = 256  # of a head, keys or values
+WIDEST: Final = 256  # of a head whose row is held whole
+WIDEST_KEY: Final = 1024  # of a head in two pieces, the first a power of two
+WIDEST_VALUE: Final = 512
+FEW: Final = 7 if INTERPRETED else 32  # queries; interpreted, the other kernels shall have their share of the problems
+ROWS: Final = 128  # queries times the heads that share a key head: two row tiles, which read every key twice
 
 
-def few(q: Tensor, k: Tensor, v: Tensor) -> bool:  # noqa: ARG001
+def few(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether the queries are so few that the keys are split over programs; from shapes alone."""
-    return False
+    (_, h, m, d), (_, g, n, _), e = q.shape, k.shape, v.shape[3]
+    if INTERPRETED or max(d, e) > WIDEST:
+        return m <= FEW and fits(d, e)
+    return m <= FEW and m * h <= ROWS * g and n >= 4 * m
 
 
-def widest(q: Tensor, k: Tensor, v: Tensor) -> int:  # noqa: ARG001
+def fits(d: int, e: int) -> bool:
+    """Whether the kernel of few queries holds heads of these dimensions."""
+    return d <= WIDEST_KEY and e <= WIDEST_VALUE
+
+
+def widest(q: Tensor, k: Tensor, v: Tensor) -> int:
     """Largest head dimension that is served on these shapes."""
-    return WIDEST
+    learns = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    return WIDEST_KEY if few(q, k, v) and not learns and fits(q.shape[3], v.shape[3]) else WIDEST
+
+
+def pieces(d: int) -> tuple[int, int]:
+    """Cut a head dimension into a power of two and, beyond WIDEST, a rest; both padded as tiles are."""
+    if d <= WIDEST:
+        return padded(d), 0
+    first = 1 << (d.bit_length() - 1)
+    return first, 0 if first == d else padded(d - first)
+
+
+def alike(k: Tensor, v: Tensor) -> bool:
+    """Whether values are the first columns of the keys, as in absorbed multi-head latent attention: read once then."""
+    return v.data_ptr() == k.data_ptr() and v.stride() == k.stride() and v.shape[3] == pieces(k.shape[3])[0]
+
+
+def flags_of(call: Call, choice: FewChoice, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Any]:
+    """What the kernel is compiled for."""
+    (m, d), (n, e), (first, rest) = q.shape[2:], v.shape[2:], pieces(q.shape[3])
+    return {
+        "M": choice.tile_m, "N": choice.tile_n, "D": first, "D2": rest, "E": padded(e),
+        "WHOLE_D": first <= d, "WHOLE_D2": first + rest == d, "WHOLE_E": padded(e) == e,
+        "ROWS": call.rows is not None, "EACH": call.sequences is not None, "KEEP": call.lowered.keep > 0,
+        "SOFTCAP": call.softcap is not None, "SINK": call.sink is not None, "ALIBI": call.alibi is not None,
+        "NEGATIVE": call.negative, "DEAD": not all_seen(call.lowered, m, n), "SHARED": alike(k, v),
+        "DESCRIPTOR": choice.descriptors, "FAR": any(choice.tile_n * x.stride(2) >= 2**31 for x in (k, v)),
+        "SPLIT": choice.splits > 1, "EARLY": choice.early and choice.splits > 1, "INTERPRET": INTERPRETED,
+        "num_warps": choice.num_warps, "num_stages": choice.num_stages,
+    }  # fmt: skip
 
 
 def forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Attend where `few` says so: ``out [b, h, m, e]`` contiguous, and ``lse [b, h, m]`` float32."""
-    raise NotImplementedError
+    """Attend where `few` says so: ``out [b, h, m, e]`` contiguous, and ``lse [b, h, m]`` float32.
+
+    The workspace is a mean ``[b, h, m, splits, e]`` and a log-sum-exp ``[b, h, m, splits]`` in float32.
+    """
+    (b, h, m, d), (_, g, n, e) = q.shape, v.shape
+    out = q.new_empty(b, h, m, e, dtype=call.out_dtype)
+    lse = q.new_empty(b, h, m, dtype=torch.float32)
+    if out.numel() == 0:
+        return out, lse
+    choice = choose_few(few_key(q, b * g, m * h // g, n, max(d, e)))
+    if choice.descriptors and not (describable(k) and describable(v) and d <= WIDEST):
+        choice = FewChoice(**{**vars(choice), "descriptors": False})
+    splits = choice.splits
+    parts, logs = out, lse
+    if splits > 1:
+        parts = q.new_empty(b * h * m * splits, e, dtype=torch.float32)
+        logs = q.new_empty(b * h * m * splits, dtype=torch.float32)
+    few_kernel[(b * g * triton.cdiv(m * h // g, choice.tile_m) * splits,)](
+        q, describe(k, choice.tile_n, choice), describe(v, choice.tile_n, choice), out, lse, parts, logs,
+        call.sink, call.alibi, call.rows, call.sequences, *strides(q, k, v),
+        per_sequence(call.sink), per_sequence(call.alibi),
+        h, h // g, m, n, d, e, *call.interval, b * m, *call.factors, splits,
+        **flags_of(call, choice, q, k, v),
+    )  # fmt: skip
+    if splits > 1:
+        few_merge_kernel[(b * h * m,)](
+            parts, logs, call.sink, out, lse, per_sequence(call.sink), h, m, e, splits,
+            **merge_flags(splits, e, choice.early), SINK=call.sink is not None,
+        )  # fmt: skip
+    return out, lse
+
+
+def merge_flags(splits: int, e: int, early: bool) -> dict[str, Any]:
+    """What a kernel that merges parts is compiled for."""
+    power = max(2, 1 << (splits - 1).bit_length())
+    block = max(2, min(power, 4096 // padded(e)))
+    return {
+        "S": power, "BLOCK": block, "E": padded(e), "WAIT": early, "num_warps": 4,
+        **({"launch_pdl": True} if early else {}),
+    }  # fmt: skip
