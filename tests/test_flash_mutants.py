@@ -1,0 +1,100 @@
+"""Every bug planted in a kernel of `flash` is rejected by the law that is there to reject it."""
+
+from collections.abc import Callable
+from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from longspan.backends import Backend, flash
+from longspan.backends.flash.launch import quiet
+from longspan.laws import LAWS, SMALL
+from longspan.laws.kernel_mutants import KERNEL_MUTANTS, KernelMutant
+from longspan.laws.kernels import kernels, launches
+from longspan.laws.planting import planted
+from longspan.laws.strategies import attentions, rotates
+
+pytestmark = pytest.mark.skipif(not flash.INTERPRETED, reason="mutants of kernels are interpreted")
+TRIES = 12  # problems; most mutants fall to the first
+CHECKS = {law.name: law for law in LAWS}
+# What every problem has unless a mutant needs something else: each is served, and small.
+SIMPLE: dict[str, Any] = {
+    "b": 1, "g": 1, "dtype": st.sampled_from(["float32", "float16"]), "needle": False, "mean": 0.0, "amplitude": 1.0,
+    "softcap": None, "sink": None, "alibi": None, "scale": None, "q_offset": None, "k_offset": 0, "out_dtype": None,
+    "storage": "bhmd", "k_storage": None, "v_storage": None, "d_out_storage": "bhmd", "trained": "qkvs", "dead": 0.0,
+    "mask": "causal()",
+}  # fmt: skip
+NORESERVE = 0x4000  # mmap.MAP_NORESERVE of Linux, which Python 3.11 does not name
+TURNS = {name: SMALL[name] for name in ("b", "m", "d", "r")}
+
+
+def far_tensors_are_near_tensors(backend: Backend, _: Any, device: str) -> float:
+    """Sequences that lie 2^30 elements apart are read like those that lie side by side."""
+    near = torch.randn(3, 1, 9, 16, generator=torch.Generator().manual_seed(0)).to(device, torch.float16)
+    # Pages that are reserved only where they are touched; 2^32 elements, so that an offset that wraps stays inside.
+    room = torch.frombuffer(
+        mmap(-1, 2 * (2**32 + 256), flags=MAP_PRIVATE | MAP_ANONYMOUS | NORESERVE), dtype=near.dtype
+    )
+    # An odd origin is nothing that a descriptor describes: it is read by pointers.
+    far = room.as_strided(near.shape, (2**30, 144, 16, 1), 2**31 + 1)
+    far.copy_(near)
+    found, expected = backend.attention(far, far, far), backend.attention(near, near, near)
+    assert torch.equal(found.out, expected.out), "far tensors are misread"
+    return 0.0
+
+
+def problems_of(mutant: KernelMutant) -> list[Any]:
+    """Draw the problems that a mutant is tried on; the same in every run."""
+    drawn: list[Any] = []
+    if mutant.law not in CHECKS:
+        return [None]
+    turning = CHECKS[mutant.law].operation in {"rotate", "rotate_qk", "rerotate"}
+    strategy = (
+        rotates(**{**TURNS, "dtype": "float32", **mutant.fixed})
+        if turning
+        else attentions(**{**SMALL, **SIMPLE, **mutant.fixed})
+    )
+
+    @settings(
+        max_examples=TRIES, derandomize=True, deadline=None, database=None, phases=[Phase.generate],
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
+    )  # fmt: skip
+    @given(strategy)
+    def draw(problem: Any) -> None:
+        drawn.append(problem)
+
+    draw()
+    return drawn
+
+
+def check_of(mutant: KernelMutant) -> Callable[..., float]:
+    """Find the law that must reject a mutant."""
+    return CHECKS[mutant.law].check if mutant.law in CHECKS else far_tensors_are_near_tensors
+
+
+@pytest.mark.parametrize("mutant", KERNEL_MUTANTS, ids=lambda mutant: mutant.name)
+def test_law_rejects(mutant: KernelMutant, tmp_path: Path) -> None:
+    check = check_of(mutant)
+    with planted(mutant.name, mutant.edits, tmp_path) as backend:
+        for problem in problems_of(mutant):
+            try:
+                with launches() as names, quiet():
+                    check(backend, problem, "cpu")
+            except AssertionError:
+                assert mutant.kernel in names
+                check(flash, problem, "cpu")  # which the kernel as it is passes
+                return
+    pytest.fail(f"{mutant.law} does not see that {mutant.name}")
+
+
+def test_every_kernel_has_a_mutant() -> None:
+    assert {mutant.kernel for mutant in KERNEL_MUTANTS} == set(kernels())
+
+
+def test_every_name_is_used_once() -> None:
+    names = [mutant.name for mutant in KERNEL_MUTANTS]
+    assert len(set(names)) == len(names)
