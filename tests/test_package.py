@@ -15,7 +15,7 @@ from pkgutil import walk_packages
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("longspan.spec", "longspan.backends", "longspan.cli", "longspan.laws")
+FOLDERS = ("longspan.spec", "longspan.autotune", "longspan.backends", "longspan.cli", "longspan.laws")
 # Not walked from `longspan` itself: an editable installation gives the namespace a path that cannot be listed.
 MODULES = [
     module

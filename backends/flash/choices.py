@@ -1,10 +1,13 @@
 """Which tiles a kernel runs with: one function from what is known before a launch to a choice.
 
-A documented heuristic. Nothing here is a measurement of the caller's machine.
+What was tuned on this GPU (`longspan.autotune`), and where nothing was, a documented heuristic.
 """
 
-from dataclasses import dataclass
-from typing import Final, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Final, Literal
+
+from longspan.autotune import Asked, Lookup, Values
 
 Kernel = Literal["forward", "backward_keys", "backward_queries"]
 
@@ -73,6 +76,24 @@ HOPPER: Final = {
 
 
 def choose(key: Key) -> Choice:
+    """Choose what was tuned on this GPU, or by the heuristic."""
+    return TUNED(key)
+
+
+def asked(key: Key) -> Asked:
+    """Write a key as tables know it."""
+    values = {name: value for name, value in vars(key).items() if name not in {"kernel", "architecture"}}
+    return Asked(f"flash.{key.kernel}", key.architecture, values)
+
+
+def build(key: Key, values: Values) -> Choice:
+    """Make a choice of a row's; tensors that cannot be described are read through pointers."""
+    made: Any = dict(values)
+    choice = Choice(**made)
+    return choice if key.descriptors or not choice.descriptors else replace(choice, descriptors=False)
+
+
+def heuristic(key: Key) -> Choice:
     """Choose by architecture, then by how much of a tile fits the registers and the shared memory."""
     if key.architecture == "interpreter":
         return Choice(tile_m=32, tile_n=32, num_warps=1, num_stages=1, descriptors=key.descriptors)
@@ -120,3 +141,12 @@ def amd(key: Key) -> Choice:
         return Choice(tile_m=128, tile_n=32 if wide else 64, num_warps=4, num_stages=1)
     small = 32 if wide else 64
     return Choice(tile_m=small, tile_n=small, num_warps=4, num_stages=1)
+
+
+# What each kernel compiles: a choice that was tuned for other code does not serve.
+SOURCES: Final[Mapping[str, tuple[str, ...]]] = {
+    "flash.forward": ("longspan.backends.flash.forward:forward_kernel",),
+    "flash.backward_keys": ("longspan.backends.flash.backward:backward_keys_kernel",),
+    "flash.backward_queries": ("longspan.backends.flash.backward:backward_queries_kernel",),
+}
+TUNED: Final[Lookup[Key, Choice]] = Lookup(asked, build, heuristic, SOURCES)

@@ -1,0 +1,120 @@
+"""Tables of tuned choices: JSON with one line a row, sorted, so that a difference of two tables reads well.
+
+A row says for one key of one family which choice won, what it and the heuristic took, who else was in the final, what
+the compiled kernel takes of the device, and what the choice was verified by.
+"""
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Final
+
+from .device import Device
+from .family import canonical
+
+FORMAT: Final = 1
+ROW: Final = frozenset({
+    "family", "key", "choice", "us", "heuristic", "heuristic_us", "noise", "finalists", "raced", "space",
+    "resources", "problem", "digest", "triton", "verified", "rounds",
+})  # fmt: skip
+
+
+class BadTable(ValueError):  # noqa: N818 - a fact about a file
+    """A file that is no table, said in one sentence."""
+
+
+def order(row: dict[str, Any]) -> tuple[str, str]:
+    """Rows are sorted, and unique, by this."""
+    return row["family"], canonical(row["key"])
+
+
+def make(device: Device, rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Make a table of one device."""
+    about = {
+        "slug": device.slug, "arch": device.arch, "multiprocessors": device.multiprocessors, "l2": device.l2,
+        "shared": device.shared, "name": device.name,
+    }  # fmt: skip
+    return {"format": FORMAT, "device": about, "rows": sorted(rows, key=order)}
+
+
+def device_of(table: dict[str, Any]) -> Device:
+    """Return the device that a table is of."""
+    about = table["device"]
+    return Device(**{name: about[name] for name in ("arch", "multiprocessors", "l2", "shared", "name")})
+
+
+def write(path: Path, table: dict[str, Any]) -> None:
+    """Write a table, whole or not at all."""
+    head = {name: value for name, value in table.items() if name != "rows"}
+    lines = [json.dumps(row, ensure_ascii=False) for row in table["rows"]]
+    text = json.dumps(head, ensure_ascii=False)[:-1] + ', "rows": [\n' + ",\n".join(lines) + "\n]}\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with beside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Read a table.
+
+    Raises:
+        BadTable: For a file that cannot be read, or is no table of this format.
+    """
+    try:
+        table = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        msg = f"{path} cannot be read: {error.strerror}"
+        raise BadTable(msg) from error
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        msg = f"{path} is no table of tuned choices: it is not JSON ({error})"
+        raise BadTable(msg) from error
+    if not isinstance(table, dict) or not isinstance(table.get("rows"), list) or "device" not in table:
+        msg = f"{path} is no table of tuned choices: it must hold a device and rows"
+        raise BadTable(msg)
+    if table.get("format") != FORMAT:
+        msg = f"{path} must be a table of format {FORMAT}, got {table.get('format')!r}"
+        raise BadTable(msg)
+    for row in table["rows"]:
+        missing = ROW - set(row) if isinstance(row, dict) else ROW
+        if missing:
+            msg = f"{path} has a row without {', '.join(sorted(missing))}"
+            raise BadTable(msg)
+    try:
+        device_of(table)
+    except (KeyError, TypeError) as error:
+        msg = f"{path} does not describe its device: {error}"
+        raise BadTable(msg) from error
+    return table
+
+
+def merge(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """Merge two tables of one device: of two rows of a key the one with more behind it, or else the second.
+
+    A row of a newer Triton stands above one of an older; then the one that raced more of its space, in more rounds.
+
+    Raises:
+        BadTable: For tables of two devices.
+    """
+    slugs = first["device"]["slug"], second["device"]["slug"]
+    if slugs[0] != slugs[1]:
+        msg = f"tables to merge must be of one device, got {slugs[0]} and {slugs[1]}"
+        raise BadTable(msg)
+    rows = {order(row): row for row in first["rows"]}
+    for row in second["rows"]:
+        known = rows.get(order(row))
+        if known is None or evidence(row) >= evidence(known):
+            rows[order(row)] = row
+    return {**second, "rows": sorted(rows.values(), key=order)}
+
+
+def evidence(row: dict[str, Any]) -> tuple[tuple[int, ...], int, int]:
+    """How much there is behind a row."""
+    numbers = tuple(int(part) for part in row["triton"].split(".")[:2] if part.isdigit())
+    return numbers, row["raced"], row["rounds"]
