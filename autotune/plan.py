@@ -1,0 +1,155 @@
+"""What there is to tune on a device: keys, their choices in the order in which they are tried, and what is known.
+
+The order alone decides how good a table is that a short budget leaves: the heuristic first, then what won elsewhere,
+then by the family's guess. What spilled registers when it was compiled comes last, and after it what a killed run left.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal
+
+from .device import Device
+from .digest import digest
+from .family import Case, Family, Values, canonical, imported
+from .journal import Journal
+from .lookup import SHELF
+
+State = Literal["new", "compiling", "ready", "out", "raced", "suspect"]
+ATTEMPTS: Final = 2  # that a choice may take down its worker
+
+
+@dataclass
+class Candidate:
+    """One choice of one key.
+
+    Attributes:
+        state: ``out`` is never launched again: illegal, wrong, poison, or not to be compiled.
+        note: Why it is out.
+        attempts: How often it was launched and not heard of again.
+    """
+
+    choice: Values
+    name: str
+    rank: int
+    state: State = "new"
+    resources: dict[str, Any] = field(default_factory=dict)
+    times: list[float] = field(default_factory=list)
+    worst: float = 0.0
+    attempts: int = 0
+    note: str = ""
+
+
+@dataclass
+class Entry:
+    """One key of one family."""
+
+    family: Family
+    case: Case
+    scope: int
+    digest: str
+    heuristic: str
+    candidates: dict[str, Candidate]
+    won: dict[str, Any] | None = None
+    finished: bool = False
+    given_up: str = ""
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The case, as workers take it."""
+        return {"key": dict(self.case.key), "problem": dict(self.case.problem), "variant": dict(self.case.variant)}
+
+    @property
+    def raced(self) -> list[Candidate]:
+        """Choices with a time."""
+        return [one for one in self.candidates.values() if one.state == "raced"]
+
+    @property
+    def best(self) -> float | None:
+        """Seconds of the fastest so far."""
+        return min((min(one.times) for one in self.raced), default=None)
+
+    def next(self, state: State) -> Candidate | None:
+        """The best-placed choice in a state."""
+        found = (one for one in self.candidates.values() if one.state == state)
+        return min(found, key=lambda one: one.rank, default=None)
+
+
+def plan(
+    families: Iterable[Family], device: Device, journal: Journal, triton: str, *, fresh: bool = False,
+    cases: Mapping[str, Sequence[Case]] | None = None,
+) -> list[Entry]:  # fmt: skip
+    """List what is to tune, with what the journal knows of it.
+
+    Args:
+        families: What is tuned.
+        device: On which device.
+        journal: What was measured before.
+        triton: Version of the compiler.
+        fresh: Whether to forget what was measured.
+        cases: Cases by family, in place of a family's own.
+    """
+    entries = []
+    for family in families:
+        code = digest(map(imported, family.sources))
+        scope = journal.scope(family.name, code, device.slug, triton)
+        if fresh:
+            journal.forget(scope)
+        known = journal.compilations(scope), journal.trials(scope), journal.winners(scope)
+        wanted = family.cases(device.arch) if cases is None else cases.get(family.name, ())
+        entries += [entry(family, case, device, scope, code, known) for case in wanted]
+    return entries
+
+
+Known = tuple[Mapping[tuple[str, str], Any], Mapping[tuple[str, str], Any], Mapping[str, Any]]
+
+
+def entry(family: Family, case: Case, device: Device, scope: int, code: str, known: Known) -> Entry:
+    """Put the choices of a key in order, and recall what is known of each."""
+    compilations, trials, winners = known
+    heuristic = family.heuristic(case, device.arch)
+    space = {canonical(choice): choice for choice in family.space(case, device.arch)}
+    seeds = [canonical(choice) for choice in elsewhere(family.name, case) if canonical(choice) in space]
+    guessed = sorted(space, key=lambda name: (family.cost(case, space[name], device.arch), name))
+    space[canonical(heuristic)] = heuristic
+    order = dict.fromkeys([canonical(heuristic), *seeds, *guessed])
+    candidates = {}
+    for rank, name in enumerate(order):
+        one = Candidate(space[name], name, rank)
+        compiled = compilations.get((canonical(case.variant), name))
+        if compiled is not None:
+            one.state = "ready" if compiled["status"] == "ok" else "out"
+            one.resources, one.note = compiled["resources"], compiled["note"]
+        tried = trials.get((case.name, name))
+        if tried is not None:
+            recall(one, tried)
+        candidates[name] = one
+    made = Entry(family, case, scope, code, canonical(heuristic), candidates, winners.get(case.name))
+    # A key is done when somebody won and nobody is left who was not tried.
+    made.finished = made.won is not None and all(one.state in {"raced", "out"} for one in candidates.values())
+    return made
+
+
+def recall(one: Candidate, tried: Mapping[str, Any]) -> None:
+    """Take a trial from the journal."""
+    one.attempts, one.note = tried["attempts"], tried["note"] or one.note
+    if tried["status"] == "raced":
+        one.state, one.times, one.worst = "raced", tried["times"], tried["worst"]
+    elif tried["status"] in {"wrong", "poison", "error"} or one.attempts >= ATTEMPTS:
+        one.state = "out"
+    else:  # it was started, and its worker or the tuner was killed
+        one.state = "suspect"
+
+
+def elsewhere(family: str, case: Case) -> list[Values]:
+    """What won for this key, or one that differs in numbers alone, on any device and of any version of the code."""
+    SHELF.load()
+    numbers = {
+        name for name, value in case.key.items() if not isinstance(value, bool) and isinstance(value, int | float)
+    }
+    found: list[tuple[float, Values]] = []
+    for row, _ in SHELF.rows.get(family, []):
+        if set(row["key"]) == set(case.key):
+            unlike = [name for name in case.key if row["key"][name] != case.key[name]]
+            if all(name in numbers for name in unlike):
+                found += [(len(unlike) + place / 10, choice) for place, (choice, _) in enumerate(row["finalists"][:3])]
+    return [choice for _, choice in sorted(found, key=lambda pair: (pair[0], canonical(pair[1])))]
