@@ -16,6 +16,7 @@ from .lookup import SHELF
 
 State = Literal["new", "compiling", "ready", "out", "raced", "suspect"]
 ATTEMPTS: Final = 2  # that a choice may take down its worker
+BROKEN: Final = {"crash", "timeout"}  # outcomes that cost a worker its life
 
 
 @dataclass
@@ -72,6 +73,16 @@ class Entry:
         """The best-placed choice in a state."""
         found = (one for one in self.candidates.values() if one.state == state)
         return min(found, key=lambda one: one.rank, default=None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fault:
+    """A choice that is out for what it did, and not for what it takes."""
+
+    entry: Entry
+    candidate: Candidate
+    status: str
+    message: str
 
 
 def plan(
