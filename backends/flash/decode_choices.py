@@ -58,34 +58,100 @@ class FewKey:
     itemsize: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class PagedChoice:
+    """Launch parameters of the kernels of paged caches; hashable, printable, JSON-able.
+
+    Attributes:
+        tile_m: See `FewChoice`, as for the next three.
+        tile_n: Keys of a tile.
+        num_warps: Warps of a program.
+        num_stages: Depth of the software pipeline.
+        wanted: Programs per key head between which the keys of all sequences are shared; 1 splits no keys.
+        least: Key tiles of a part, at least.
+        early: See `FewChoice`.
+    """
+
+    tile_m: int
+    tile_n: int
+    num_warps: int
+    num_stages: int
+    wanted: int
+    least: int
+    early: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class PagedKey:
+    """What a choice may depend on.
+
+    Attributes:
+        architecture: See `FewKey`, as for the next.
+        processors: Multiprocessors of the device.
+        sequences: Sequences.
+        heads: Key heads.
+        rows: Queries of all sequences times the heads that share a key head.
+        keys: Keys that a row of the table holds.
+        page: Keys of a page.
+        width: The larger of head and value dimension.
+        itemsize: Bytes of an element of q.
+    """
+
+    architecture: str
+    processors: int
+    sequences: int
+    heads: int
+    rows: int
+    keys: int
+    page: int
+    width: int
+    itemsize: int
+
+
 LEAST: Final = 256  # keys of a split: fewer cost more to merge than they save
 MOST: Final = 256  # splits
+WAVES: Final = 4  # of programs: the last one, which fills the machine in part, then matters less
+LARGE: Final = ("sm_90", "sm_100", "sm_103")  # 228 KB of shared memory
+HOPPER: Final = (*LARGE, "sm_120", "sm_121")  # one kernel may be launched before another is done
 
 
 def choose_few(key: FewKey) -> FewChoice:
     """Choose tiles by architecture and width, then splits so that the programs fill the machine."""
     if key.architecture == "interpreter":
         return FewChoice(tile_m=16, tile_n=16, num_warps=1, num_stages=1, splits=3)
-    tile_m, tile_n, num_warps, num_stages, resident = tiles_for(key)
+    tile_m, tile_n, num_warps, num_stages, resident = tiles_for(key.architecture, key.rows, key.width, key.itemsize)
     programs = key.heads * -(-key.rows // tile_m)
     splits = splits_for(programs, key.processors * resident, -(-key.keys // max(LEAST, tile_n)))
     return FewChoice(
         tile_m=tile_m, tile_n=tile_n, num_warps=num_warps, num_stages=num_stages, splits=splits,
-        early=key.architecture in {"sm_90", "sm_100", "sm_103", "sm_120"},
+        early=key.architecture in HOPPER,
     )  # fmt: skip
 
 
-def tiles_for(key: FewKey) -> tuple[int, int, int, int, int]:
+def choose_paged(key: PagedKey) -> PagedChoice:
+    """Choose tiles by architecture, width and the mean number of queries, then about four waves of programs."""
+    if key.architecture == "interpreter":
+        return PagedChoice(tile_m=16, tile_n=16, num_warps=1, num_stages=1, wanted=3, least=1)
+    rows = -(-key.rows // max(key.sequences, 1))
+    tile_m, tile_n, num_warps, num_stages, resident = tiles_for(key.architecture, rows, key.width, key.itemsize)
+    most = -(-key.rows // tile_m) * -(-key.keys // max(LEAST, tile_n)) + key.sequences
+    wanted = min(-(-WAVES * key.processors * resident // key.heads), most, MOST)
+    return PagedChoice(
+        tile_m=tile_m, tile_n=tile_n, num_warps=num_warps, num_stages=num_stages, wanted=wanted,
+        least=-(-LEAST // tile_n), early=key.architecture in HOPPER,
+    )  # fmt: skip
+
+
+def tiles_for(architecture: str, rows: int, width: int, itemsize: int) -> tuple[int, int, int, int, int]:
     """Tile of rows and keys, warps, stages, and how many such programs a multiprocessor holds."""
-    tile_m = min(max(16, 1 << (key.rows - 1).bit_length()), 64)
-    width = padded(key.width)
-    if key.itemsize == 4:
+    tile_m, width = min(padded(rows), 64), padded(width)
+    if itemsize == 4:
         return 16, 32 if width <= 128 else 16, 4, 2 if width <= 256 else 1, 2
-    if key.architecture.startswith("gfx"):
+    if architecture.startswith("gfx"):
         return tile_m, 64 if width <= 128 else 32, 4, 2 if width <= 64 else 1, 2
     if width > 256:
         return tile_m, 32 if tile_m > 16 else 16, 8, 2, 1
-    large = key.architecture in {"sm_90", "sm_100", "sm_103"}
+    large = architecture in LARGE
     if width > 128:
         return tile_m, 32, 4, 3 if large else 2, 2 if large else 1
     return tile_m, 64, 4, 3 if large or width <= 64 else 2, 2 if large else 1
@@ -120,4 +186,12 @@ def few_key(x: torch.Tensor, heads: int, rows: int, keys: int, width: int) -> Fe
     return FewKey(
         architecture=architecture(), processors=1 if INTERPRETED else processors(x.device.index or 0),
         heads=heads, rows=rows, keys=keys, width=width, itemsize=x.element_size(),
+    )  # fmt: skip
+
+
+def paged_key(x: torch.Tensor, sequences: int, heads: int, rows: int, keys: int, page: int, width: int) -> PagedKey:
+    """Describe a problem whose queries are x."""
+    return PagedKey(
+        architecture=architecture(), processors=1 if INTERPRETED else processors(x.device.index or 0),
+        sequences=sequences, heads=heads, rows=rows, keys=keys, page=page, width=width, itemsize=x.element_size(),
     )  # fmt: skip
