@@ -35,6 +35,11 @@ def override(choices: Mapping[str, Values]) -> Iterator[None]:
         FORCED.reset(token)
 
 
+def overridden() -> bool:
+    """Whether some choice is overridden: whoever remembers launches must neither use them nor add to them then."""
+    return bool(FORCED.get())
+
+
 class Asked(NamedTuple):
     """A key as tables know it."""
 

@@ -60,7 +60,8 @@ def row(
         "family": "made.up", "key": {"width": width, "length": length}, "choice": {"tile": tile}, "us": 1.0,
         "heuristic": {}, "heuristic_us": 1.0, "noise": 0.0,
         "finalists": [[{"tile": tile}, 1.0]], "raced": 1,
-        "space": 1,        "resources": {"shared": shared, "num_warps": 4}, "problem": {}, "digest": code, "triton": triton,
+        "space": 1, "resources": {"shared": shared, "num_warps": 4}, "problem": {}, "digest": code,
+        "triton": triton,
         "verified": 0.1, "rounds": 4,
     }  # fmt: skip
 
