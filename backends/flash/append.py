@@ -17,6 +17,7 @@ from longspan.spec import Rotation
 from longspan.spec.checks import check_append, check_rotate
 from longspan.spec.pairing import Pairing
 
+from .plan import planned
 from .rope import (
     arguments,
     check_rows,
@@ -40,7 +41,8 @@ from .rope_kernel import (
 )
 
 
-@triton.jit
+@planned
+@triton.jit(do_not_specialize_on_alignment=["slot", "position", "factor_rows", "axis"])
 def append_kernel(
     k, v, k_cache, v_cache, slot, position, inv_freq, factor_rows, axis, factor, tokens, slots, size, axes, heads,
     k_t, k_h, v_t, v_h, k_row, k_head, k_column, v_row, v_head, v_column, slot_t,

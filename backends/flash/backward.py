@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import INTERPRETED, LOG2_E, Call, describe, flags, padded, per_sequence, select, strides
+from .plan import planned
 from .sight import sight
 from .tiles import (
     base_two,
@@ -30,6 +31,7 @@ from .tiles import (
 )
 
 
+@planned
 @triton.jit
 def prepare_kernel(
     out, d_out, lse, d_lse, lse_two, delta, o_b, o_h, o_m, h, m, e, rows,
@@ -109,6 +111,7 @@ def absorb_queries(
     return dk, dv
 
 
+@planned
 @triton.jit(
     do_not_specialize=["m", "n", "low", "high", "stop", "position", "keep", "rows_size", "alibi_b", "key_tiles"]
 )
@@ -220,6 +223,7 @@ def absorb_keys(
     return multiply(d_score.to(key.dtype), key, dq, INTERPRET)
 
 
+@planned
 @triton.jit(do_not_specialize=["m", "n", "low", "high", "stop", "position", "keep", "rows_size", "alibi_b"])
 def backward_queries_kernel(
     q, k, v, d_out, dq, lse_two, delta, alibi, rows, sequences,

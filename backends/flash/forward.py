@@ -6,12 +6,15 @@ one loop without a mask, tiles that the mask cuts in another, and the rest not a
 Shapes: M queries and N keys of a tile, D head and E value dimension padded to a power of two.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .launch import Call, describe, flags, per_sequence, select, strides
+from .plan import Bound, planned
 from .tiles import (
     base_two,
     cut_start,
@@ -71,7 +74,11 @@ def absorb(
     return acc, total, above
 
 
-@triton.jit(do_not_specialize=["m", "n", "low", "high", "stop", "position", "keep", "rows_size", "sink_b", "alibi_b"])
+@planned
+@triton.jit(
+    do_not_specialize=["m", "n", "low", "high", "stop", "position", "keep", "rows_size", "sink_b", "alibi_b"],
+    do_not_specialize_on_alignment=["sink", "alibi", "sequences"],
+)
 def forward_kernel(
     q, k, v, out, lse, sink, alibi, rows, sequences,
     q_b, q_h, q_m, k_b, k_h, k_n, v_b, v_h, v_n, sink_b, alibi_b,
@@ -155,11 +162,40 @@ def forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor
         return out, lse
     choice = select("forward", call, q, k, v)
     tall, wide = choice.tile_m, choice.tile_n
-    forward_kernel[(triton.cdiv(m, tall) * h * b,)](
+    bound = forward_kernel[(-(-m // tall) * h * b,)](
         describe(q, tall, choice), describe(k, wide, choice), describe(v, wide, choice), out, lse,
         call.sink, call.alibi, call.rows, call.sequences, *strides(q, k, v),
         per_sequence(call.sink), per_sequence(call.alibi),
         h, h // g, m, n, d, e, *call.interval, b * m, *call.factors,
         SINK=call.sink is not None, **flags(call, choice, q, k, v),
     )  # fmt: skip
+    if bound is not None and call.rows is None and call.sequences is None:
+        call.keep(Repeated(bound, out.new_empty(0), lse.new_empty(0), (b, h, m, e)))
     return out, lse
+
+
+class Repeated(NamedTuple):
+    """A launch of the forward kernel, to be repeated on other tensors; see `launch.Again`.
+
+    Attributes:
+        bound: The launch.
+        out: An empty tensor of the dtype and device of ``out``.
+        lse: The same of ``lse``.
+        shape: Shape of ``out``.
+    """
+
+    bound: Bound
+    out: Tensor
+    lse: Tensor
+    shape: tuple[int, int, int, int]
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, alibi: Tensor | None
+    ) -> tuple[Tensor, Tensor] | None:
+        """Launch on new results."""
+        out, lse = self.out.new_empty(self.shape), self.lse.new_empty(self.shape[:3])
+        launched = self.bound(
+            q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr(),
+            0 if sink is None else sink.data_ptr(), 0 if alibi is None else alibi.data_ptr(), 0, 0,
+        )  # fmt: skip
+        return (out, lse) if launched else None

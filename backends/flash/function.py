@@ -30,11 +30,16 @@ torch.library.define(
 )
 
 
-def launch_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def launch_call(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Run the forward kernel: that of few queries where they are few."""
     run = decode.forward if decode.few(q, k, v) else forward
     with on(q.device), quiet():
-        return run(Call(*rest), q, k, v)
+        return run(call, q, k, v)
+
+
+def launch_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """Run the forward kernel on what the operator takes."""
+    return launch_call(Call(*rest), q, k, v)
 
 
 def launch_backward(

@@ -1,6 +1,7 @@
 """From tensors to the arguments of a kernel: the choice, the descriptors, the strides and the flags."""
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +18,8 @@ from .tiles import split
 
 ALIGNED: Final = 16  # bytes: what the copy engine wants of addresses and strides
 LOG2_E: Final = math.log2(math.e)
+# The same launch on other q, k, v, sink and alibi: (out, lse), or None where it cannot be repeated on those.
+Again = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], tuple[Tensor, Tensor] | None]
 # TRITON_INTERPRET=1 counts when kernels are defined, so that they, and no variable, say whether it did.
 INTERPRETED: Final = not isinstance(split, triton.runtime.JITFunction)
 
@@ -56,6 +59,15 @@ class Call:
         if self.softcap is None:
             return abs(self.scale) * LOG2_E, 0.0, 0.0
         return self.scale * LOG2_E, 2 * LOG2_E * self.scale / self.softcap, self.softcap * LOG2_E
+
+    @property
+    def again(self) -> Again | None:
+        """How to repeat the launch on tensors that differ in nothing but their addresses; None if nobody said."""
+        return self.__dict__.get("kept")
+
+    def keep(self, again: Again) -> None:
+        """Say how to repeat the launch; to be called by whoever launched."""
+        self.__dict__["kept"] = again
 
     @cached_property
     def lowered(self) -> Lowered:

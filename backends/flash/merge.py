@@ -18,6 +18,7 @@ from torch import Tensor
 from longspan.spec import AttentionState
 from longspan.spec.state import check_sink, check_states, weights
 
+from .plan import planned
 from .rope import declines_heads, serve
 from .rope_function import PLAIN, fold, watched
 from .rope_kernel import INTERPRETED, on, power_of_two
@@ -31,6 +32,7 @@ def rows_of(place, stride):
     return place[0] * stride[0] + place[1] * stride[1] + place[2] * stride[2]
 
 
+@planned
 @triton.jit
 def merge_kernel(
     outs, lses, sink, out, lse, rows, h, m, out_strides, lse_strides, sink_b, sink_h, whole_strides,

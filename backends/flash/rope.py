@@ -4,8 +4,9 @@ What is served, and what is declined by name; the derivatives are in `rope_funct
 Shapes: b batch, h heads, m tokens, d head dimension, p planes (2p <= d).
 """
 
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,11 +16,13 @@ from longspan.spec.checks import check_rerotate, check_rotate, refuse
 from longspan.spec.pairing import Pairing
 
 from ..registry import Unsupported
-from .rope_function import transformed, turn_, turned
+from .plan import Bound, memory, recall, remember
+from .rope_function import transformed, turn_, turn_out, turned, watched
 from .rope_function import unit as unit  # noqa: PLC0414 - attention takes it from here
-from .rope_kernel import INTERPRETED
+from .rope_kernel import INTERPRETED, on
 
 DTYPES: Final = (torch.float16, torch.bfloat16, torch.float32)
+REPEATED: Final[dict[Any, "Repeated"]] = memory()  # what `asked` returns, to how it was launched
 LARGEST: Final = 1024  # coordinates of a head: a row of a tile
 
 
@@ -36,17 +39,80 @@ def rotate(x: Tensor, position: Tensor, rotation: Rotation, *, pairing: Pairing 
         ValueError: For what means nothing, as the specification.
         Unsupported: For what `declines_rotate` names.
     """
+    key = asked(position, rotation, pairing, x)
+    if key is not None and (again := recall(REPEATED, key)) is not None:
+        with on(x.device):
+            results = again(position, rotation, x)
+        if results is not None:
+            return results[0]
     serve(declines_rotate(x, position, rotation, pairing=pairing))
-    return turned(arguments(position, rotation), pairing, x)[0]
+    return turned_as(key, arguments(position, rotation), pairing, x)[0]
 
 
 def rotate_qk(
     q: Tensor, k: Tensor, position: Tensor, rotation: Rotation, *, pairing: Pairing = "half"
 ) -> tuple[Tensor, Tensor]:
     """Turn queries and keys of the same tokens in one launch; see `rotate`."""
+    key = asked(position, rotation, pairing, q, k)
+    if key is not None and (again := recall(REPEATED, key)) is not None:
+        with on(q.device):
+            results = again(position, rotation, q, k)
+        if results is not None:
+            return results[0], results[1]
     serve(declines_rotate_qk(q, k, position, rotation, pairing=pairing))
-    turned_q, turned_k = turned(arguments(position, rotation), pairing, q, k)
+    turned_q, turned_k = turned_as(key, arguments(position, rotation), pairing, q, k)
     return turned_q, turned_k
+
+
+def asked(position: Tensor, rotation: Rotation, pairing: Pairing, *x: Tensor) -> tuple[Hashable, ...] | None:
+    """All of a call but the contents and addresses of its tensors: what its checks read, and what is launched.
+
+    None if autograd, a transform or a compiler watches.
+    """
+    inv_freq, factor, axis = rotation.inv_freq, rotation.attention_factor, rotation.axis
+    rows, axes = isinstance(factor, Tensor), axis is not None
+    if watched(*x, position, inv_freq) or (rows and watched(factor)) or (axes and watched(axis)):
+        return None
+    return (
+        pairing, layout(position), layout(inv_freq), layout(factor) if rows else factor,
+        layout(axis) if axes else None, *map(layout, x),
+    )  # fmt: skip
+
+
+def layout(x: Tensor) -> Hashable:
+    """All of a tensor but its contents and its address."""
+    return x.shape, x.stride(), x.dtype, x.device
+
+
+class Repeated(NamedTuple):
+    """A launch of the rotation, to be repeated on other tensors of the same layouts."""
+
+    bound: Bound
+    rows: bool
+    axes: bool
+
+    def __call__(self, position: Tensor, rotation: Rotation, *x: Tensor) -> list[Tensor] | None:
+        """Turn into new results, or return None where the launch cannot be repeated on these."""
+        out = [torch.empty_like(one) for one in x]
+        rows: Any = rotation.attention_factor if self.rows else None
+        axis: Any = rotation.axis if self.axes else None
+        launched = self.bound(
+            x[0].data_ptr(), out[0].data_ptr(), x[-1].data_ptr(), out[-1].data_ptr(),
+            position.data_ptr(), rotation.inv_freq.data_ptr(),
+            0 if rows is None else rows.data_ptr(), 0 if axis is None else axis.data_ptr(),
+        )  # fmt: skip
+        return out if launched else None
+
+
+def turned_as(key: Hashable, rotation: tuple[Any, ...], pairing: Pairing, *x: Tensor) -> Sequence[Tensor]:
+    """Rotate, and keep under a key, unless that is None, how it is done again."""
+    if key is None:
+        return turned(rotation, pairing, *x)
+    out, bound = turn_out(x, *rotation, pairing == "interleaved", False)
+    _, inv_freq, rows, axis, _ = rotation
+    if bound is not None and inv_freq.stride(-1) == 1:  # else a copy of it was read
+        remember(REPEATED, key, Repeated(bound, rows is not None, axis is not None))
+    return out
 
 
 def rerotate(k: Tensor, position: Tensor, old: Rotation, new: Rotation, *, pairing: Pairing = "half") -> Tensor:

@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 from longspan.spec.pairing import Pairing
 
 from ..registry import Unsupported
+from .plan import Bound
 from .rope_kernel import launch
 
 PLAIN: Final = (Tensor, torch.nn.Parameter)
@@ -32,12 +33,13 @@ def watched(*x: Tensor) -> bool:
 
     It costs more than the launch: binding its arguments, 40 µs. Tensor subclasses (fake ones too) count as watched.
     """
-    return (
-        torch.compiler.is_compiling()
-        or (torch.is_grad_enabled() and any(one.requires_grad for one in x))
-        or transformed()
-        or any(type(one) not in PLAIN for one in x)
-    )
+    if torch.compiler.is_compiling() or transformed():
+        return True
+    learns = torch.is_grad_enabled()
+    for one in x:  # noqa: SIM110 - a generator would cost more than the questions
+        if type(one) not in PLAIN or (learns and one.requires_grad):
+            return True
+    return False
 
 
 def transformed() -> bool:
@@ -138,9 +140,13 @@ def turn(
     interleaved: bool, inverse: bool,
 ) -> list[Tensor]:  # fmt: skip
     """Rotate out of place: the layout of each output is its input's."""
+    return turn_out(x, position, inv_freq, rows, axis, factor, interleaved, inverse)[0]
+
+
+def turn_out(x: Sequence[Tensor], *rest: Any) -> tuple[list[Tensor], Bound | None]:
+    """Rotate out of place, and say how to do it again."""
     out = [torch.empty_like(one) for one in x]
-    launch(x, out, position, inv_freq, rows, axis, factor, interleaved, inverse)
-    return out
+    return out, launch(x, out, *rest)
 
 
 def turn_or_record(x: Sequence[Tensor], *rest: Any) -> list[Tensor]:

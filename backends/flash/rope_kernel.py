@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .plan import Bound, planned
+
 
 @triton.jit
 def turns_of(inv_freq):
@@ -171,7 +173,8 @@ def copy_heads(
             tl.store(target + COLUMN + column, tl.load(source + COLUMN + column, inside, 0.0), inside)
 
 
-@triton.jit
+@planned
+@triton.jit(do_not_specialize_on_alignment=["position", "factor_rows", "axis"])
 def rotate_kernel(
     q, q_out, k, k_out, position, inv_freq, factor_rows, axis, factor, tokens, m, axes, q_heads, k_heads,
     q_b, q_h, q_m, q_out_b, q_out_h, q_out_m, k_b, k_h, k_m, k_out_b, k_out_h, k_out_m,
@@ -255,7 +258,7 @@ def choose_rope(tokens: int, heads: int, planes: int, itemsize: int, *, heads_in
 
 FILLED: Final = 1024  # programs that keep a large GPU busy
 # TRITON_INTERPRET=1 counts when kernels are defined, so that they, and no variable, say whether it did.
-INTERPRETED: Final = not isinstance(rotate_kernel, triton.runtime.JITFunction)
+INTERPRETED: Final = not isinstance(turns_of, triton.runtime.JITFunction)
 
 
 def power_of_two(n: int) -> int:
@@ -284,21 +287,21 @@ def strides_of(position: Tensor) -> tuple[int, int, int]:
 def launch(
     x: Sequence[Tensor], out: Sequence[Tensor], position: Tensor, inv_freq: Tensor,
     rows: Tensor | None, axis: Tensor | None, factor: float, interleaved: bool, inverse: bool,
-) -> None:  # fmt: skip
+) -> Bound | None:  # fmt: skip
     """Launch the kernel on one tensor or two; a tensor that is its own output keeps its tail."""
     q, k, q_out, k_out = x[0], x[-1], out[0], out[-1]
     b, q_heads, m, d = q.shape
     k_heads = k.shape[1] if len(x) > 1 else 0
     planes, tokens = inv_freq.shape[-1], b * m
     if tokens * (q_heads + k_heads) == 0:
-        return
+        return None
     q_tail, k_tail = (0 if q_out is q else d - 2 * planes), (0 if k_out is k else k.shape[-1] - 2 * planes)
     choice = choose_rope(
         tokens, max(q_heads, k_heads), planes, q.element_size(), heads_inside=q.stride(1) < q.stride(2)
     )
     inv_freq = inv_freq if inv_freq.stride(-1) == 1 else inv_freq.contiguous()
     with on(q.device):
-        rotate_kernel[-(-tokens // choice.tokens), choice.split](
+        return rotate_kernel[-(-tokens // choice.tokens), choice.split](
             q, q_out, k, k_out, position, inv_freq, rows, axis, factor, tokens, m, position.shape[0], q_heads, k_heads,
             *q.stride()[:3], *q_out.stride()[:3], *k.stride()[:3], *k_out.stride()[:3],
             *strides_of(position), inv_freq.stride(0) if inv_freq.ndim > 1 else 0,
