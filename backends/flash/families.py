@@ -1,0 +1,160 @@
+"""What `longspan tune` may choose of the attention kernels: keys, their choices, and launches to time.
+
+Problems are those of DESIGN's tables cut down to a few milliseconds: 8k tokens in 2048 / d heads, more than four waves
+of programs on any GPU of today, in bfloat16.
+Shapes: b batch, h query heads, g key heads, m queries, n keys, d head dimension.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from itertools import product
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from longspan.autotune import Case, Family, Values
+from longspan.spec.masks import causal, everything
+
+from . import backward, forward
+from .choices import SOURCES, Key, heuristic
+from .launch import LOG2_E, Call
+from .lowering import lower
+
+WIDTH: Final = 2048  # heads · head dimension
+TOKENS: Final = 8192
+WIDTHS: Final = (64, 128, 256)
+
+# Rows and keys of a tile with the warps that share them, and stages, by kernel and width. What no tensor core of today
+# would like, or no register file hold, is left out; whether the rest compiles well, only a compilation says.
+TILES: Final[dict[tuple[str, int], tuple[list[tuple[int, int, int]], tuple[int, ...]]]] = {
+    ("forward", 64): (
+        [(64, 64, 4), (64, 128, 4), (128, 32, 4), (128, 64, 4), (128, 64, 8), (128, 128, 4), (128, 128, 8)], (2, 3, 4)),
+    ("forward", 128): (
+        [(64, 32, 4), (64, 64, 4), (64, 128, 4), (128, 32, 8), (128, 64, 4), (128, 64, 8), (128, 128, 8)], (2, 3, 4)),
+    ("forward", 256): ([(64, 32, 4), (64, 64, 4), (64, 64, 8), (128, 32, 8), (128, 64, 8)], (1, 2, 3)),
+    ("backward_keys", 64): (
+        [(64, 64, 4), (32, 64, 4), (64, 128, 4), (64, 128, 8), (128, 64, 8), (128, 128, 8)], (2, 3, 4)),
+    ("backward_keys", 128): (
+        [(32, 64, 4), (64, 64, 4), (64, 64, 8), (32, 128, 8), (64, 128, 8), (128, 64, 8)], (1, 2, 3)),
+    ("backward_keys", 256): ([(32, 64, 4), (32, 64, 8), (64, 64, 8), (64, 32, 4), (64, 32, 8)], (1, 2)),
+    ("backward_queries", 64): (
+        [(64, 64, 4), (64, 32, 4), (128, 64, 4), (128, 64, 8), (128, 32, 4), (128, 128, 8)], (2, 3, 4)),
+    ("backward_queries", 128): (
+        [(64, 32, 4), (64, 64, 4), (64, 64, 8), (128, 32, 4), (128, 32, 8), (128, 64, 8)], (1, 2, 3)),
+    ("backward_queries", 256): ([(64, 32, 4), (64, 32, 8), (64, 64, 8), (128, 32, 8), (128, 64, 8)], (1, 2)),
+}  # fmt: skip
+
+
+def cases(kernel: str, arch: str) -> list[Case]:
+    """Every width, under a mask and without, on tensors that can be described."""
+    del arch
+    made = []
+    for width, masked in product(WIDTHS, (True, False)):
+        key = {"width": width, "itemsize": 2, "masked": masked, "descriptors": True}
+        problem = {"b": 1, "h": WIDTH // width, "m": TOKENS, "d": width, "causal": masked}
+        # Masks are integers to the kernels, so that code is compiled for the width alone.
+        made.append(Case(key=key, problem=problem, variant={"kernel": kernel, "width": width, "h": WIDTH // width}))
+    return made
+
+
+def key_of(kernel: Any, case: Case, arch: str) -> Key:
+    """The key that a launch of a case would have."""
+    values: Any = dict(case.key)
+    return Key(kernel=kernel, architecture=arch, **values)
+
+
+def space(kernel: str, case: Case, arch: str) -> Iterator[Values]:
+    """Every tile with every depth, through descriptors and through pointers."""
+    tiles, stages = TILES[kernel, int(case.key["width"])]
+    described = (False, True) if arch in {"sm_90", "sm_100", "sm_103", "sm_120", "sm_121"} else (False,)
+    for (rows, keys, warps), depth, descriptors in product(tiles, stages, described):
+        yield {
+            "tile_m": rows, "tile_n": keys, "num_warps": warps, "num_stages": depth, "descriptors": descriptors,
+        }  # fmt: skip
+
+
+def distance(choice: Values, start: Values) -> float:
+    """How far a choice is from the heuristic, in doublings: neighbours of what serves are tried before strangers."""
+    apart = 0.0
+    for name, value in start.items():
+        mine = choice[name]
+        apart += (
+            float(mine != value) if isinstance(value, bool) else abs(math.log2((float(mine) + 1e-9) / float(value)))
+        )
+    return apart
+
+
+def draw(shape: tuple[int, ...], device: str, fill: bool, seed: int) -> Tensor:
+    """Heads ``[b, h, tokens, d]`` that lie as models have them, tokens outside; filled with numbers if asked to."""
+    b, h, tokens, d = shape
+    laid = torch.empty(b, tokens, h, d, dtype=torch.bfloat16, device=device)
+    if fill:
+        laid.normal_(generator=torch.Generator(device).manual_seed(seed))
+    return laid.transpose(1, 2)
+
+
+def call_of(case: Case, q: Tensor) -> Call:
+    """What a case asks beside its tensors."""
+    m = q.shape[2]
+    mask = causal() if case.problem["causal"] else everything()
+    seen = lower(mask, q.shape[0], m, m, q_offset=None, k_offset=0, device=q.device)
+    return Call(None, None, seen.rows, seen.sequences, tuple(seen.interval), 1 / math.sqrt(q.shape[3]), None, q.dtype)  # pyright: ignore[reportArgumentType]
+
+
+def heads_of(case: Case, device: str, fill: bool, count: int) -> list[Tensor]:
+    """Draw so many tensors of heads."""
+    sizes = case.problem
+    shape = (int(sizes["b"]), int(sizes["h"]), int(sizes["m"]), int(sizes["d"]))
+    return [draw(shape, device, fill, seed) for seed in range(count)]
+
+
+def prepare_forward(case: Case, device: str, fill: bool) -> Callable[[], Any]:
+    """Launch the forward kernel."""
+    q, k, v = heads_of(case, device, fill, 3)
+    call = call_of(case, q)
+    return lambda: forward.forward(call, q, k, v)
+
+
+def prepare_backward(kernel: str, case: Case, device: str, fill: bool) -> Callable[[], Any]:
+    """Launch one of the backward kernels, on what the forward kernel and the first backward kernel leave."""
+    q, k, v, d_out = heads_of(case, device, fill, 4)
+    call = call_of(case, q)
+    two = torch.empty(2, *q.shape[:3], device=device)
+    if fill:
+        out, lse = forward.forward(call, q, k, v)
+        two[0], two[1] = lse * LOG2_E, (out.float() * d_out.float()).sum(-1)
+    lse_two, delta = two
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=device) for x in (q, k, v))
+
+    def keys() -> tuple[Tensor, Tensor]:
+        backward.launch_keys(call, q, k, v, d_out, lse_two, delta, dk, dv)
+        return dk, dv
+
+    def queries() -> Tensor:
+        backward.launch_queries(call, q, k, v, d_out, lse_two, delta, dq)
+        return dq
+
+    return keys if kernel == "backward_keys" else queries
+
+
+def attention(kernel: Any) -> Family:
+    """Declare one of the kernels of attention."""
+
+    def start(case: Case, arch: str) -> Values:
+        return vars(heuristic(key_of(kernel, case, arch)))
+
+    def prepare(case: Case, device: str, fill: bool) -> Callable[[], Any]:
+        return (
+            prepare_forward(case, device, fill) if kernel == "forward" else prepare_backward(kernel, case, device, fill)
+        )
+
+    return Family(
+        name=f"flash.{kernel}", operation="attention" if kernel == "forward" else "attention_backward",
+        backend="longspan.backends.flash", sources=SOURCES[f"flash.{kernel}"],
+        cases=lambda arch: cases(kernel, arch), space=lambda case, arch: list(space(kernel, case, arch)),
+        heuristic=start, prepare=prepare, cost=lambda case, choice, arch: distance(choice, start(case, arch)),
+    )  # fmt: skip
+
+
+FAMILIES: Final = (attention("forward"), attention("backward_keys"), attention("backward_queries"))

@@ -1,0 +1,160 @@
+"""The gate of `longspan tune`: what a choice must pass before it is timed, and a winner before it is kept.
+
+The error budget of the laws, against the specification in float64, on ragged problems with every output fresh and full
+of NaN; and for a winner the tuned problem itself, whose rows are checked in three stretches.
+Shapes: b batch, h query heads, g key heads, m queries, n keys, d head dimension.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import lru_cache
+from importlib import import_module
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from longspan.autotune import Case, Family
+from longspan.backends import Backend
+from longspan.laws import Attention, Bound, attention_bounds, worst
+from longspan.laws.problems import Inputs
+from longspan.spec import masks
+
+STRETCH: Final = 48  # queries of a long problem that are checked together
+
+
+def gate(family: Family, case: Case, device: str, *, whole: bool) -> float:
+    """Run a kernel under the choice in force and return its worst error as a fraction of what rounding allows.
+
+    Args:
+        family: Whose backend runs.
+        case: The key, and the problem that it is tuned on.
+        device: Where.
+        whole: Whether to check the tuned problem itself, and problems whose dead slots hold NaN.
+
+    Raises:
+        AssertionError: When some element is off by more.
+    """
+    backend: Any = import_module(family.backend)
+    try:
+        check = CHECKS[family.operation]
+    except KeyError:
+        msg = f"the gate knows how to check {', '.join(CHECKS)}, and not {family.operation!r} of {family.name}"
+        raise ValueError(msg) from None
+    return max(check(backend, case, device, whole=whole))
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Have PyTorch hand out memory full of NaN, as it does when asked for determinism."""
+    fill: Any = torch.utils.deterministic
+    was = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filled, fill.fill_uninitialized_memory = fill.fill_uninitialized_memory, True
+    torch.use_deterministic_algorithms(True, warn_only=True)  # noqa: FBT003 - PyTorch's signature
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(was[0], warn_only=was[1])
+        fill.fill_uninitialized_memory = filled
+
+
+def attention(backend: Backend, case: Case, device: str, *, whole: bool) -> Iterator[float]:
+    """Check out and lse."""
+    for problem in problems(case, whole=whole):
+        of, bound = posed(problem, device, gradient=False)
+        with poisoned():
+            state = backend.attention(*of.arguments, **of.options)
+        yield max(worst("out", state.out, bound["out"]), worst("lse", state.lse, bound["lse"]))
+    if whole:
+        q, k, v = heads(case, device)
+        mask = masks.causal() if case.problem["causal"] else masks.everything()
+        with poisoned():
+            state = backend.attention(q, k, v, mask=mask)
+        for rows, bound in stretches(case, q, k, v):
+            yield max(
+                worst("out", state.out[:, :, rows], bound["out"]), worst("lse", state.lse[:, :, rows], bound["lse"])
+            )
+
+
+def attention_backward(backend: Backend, case: Case, device: str, *, whole: bool) -> Iterator[float]:
+    """Check the gradients of q, k and v."""
+    for problem in problems(case, whole=whole):
+        of, bound = posed(problem, device, gradient=True)
+        found = gradients(backend, of.arguments, of.d_out, of.options)
+        yield max(worst(name, found[name], bound[name]) for name in ("dq", "dk", "dv"))
+    if whole:
+        q, k, v = heads(case, device)
+        mask = masks.causal() if case.problem["causal"] else masks.everything()
+        d_out = torch.randn(q.shape, generator=torch.Generator(device).manual_seed(9), device=device).to(q.dtype)
+        for rows, bound in stretches(case, q, k, v, d_out):
+            # A gradient that is zero elsewhere: what these rows send back is all there is.
+            sparse = torch.zeros_like(d_out)
+            sparse[:, :, rows] = d_out[:, :, rows]
+            found = gradients(backend, (q, k, v), sparse, {"mask": mask})
+            found["dq"] = found["dq"][:, :, rows]
+            yield max(worst(name, found[name], bound[name]) for name in ("dq", "dk", "dv"))
+
+
+def gradients(backend: Backend, given: tuple[Tensor, ...], d_out: Tensor, options: dict[str, Any]) -> dict[str, Tensor]:
+    """Differentiate out."""
+    leaves = [x.detach().requires_grad_() for x in given]
+    with poisoned():
+        state = backend.attention(*leaves, **options)
+        found = torch.autograd.grad(state.out, leaves, d_out)
+    return dict(zip(("dq", "dk", "dv"), found, strict=True))
+
+
+def problems(case: Case, *, whole: bool) -> list[Attention]:
+    """Small ragged problems, of the heads that are tuned so that they run the very code that is timed.
+
+    Keys that nobody sees, and NaN in them, are other code: a winner meets those, too.
+    """
+    sizes, mask = case.problem, "causal()" if case.problem["causal"] else "everything()"
+    h, g, d, dtype = (
+        int(sizes["h"]),
+        int(sizes.get("g", sizes["h"])),
+        int(sizes["d"]),
+        str(sizes.get("dtype", "bfloat16")),
+    )
+    ragged = Attention(b=2, h=h, g=g, m=197, n=333, d=d, e=d, dtype=dtype, mask=mask, storage="bmhd", seed=1)
+    if not whole:
+        return [ragged, replace(ragged, b=1, m=70, n=70, amplitude=3.0, needle=True, seed=2)]
+    return [replace(ragged, mask=f"{mask} & lengths([304, 211])", dead=float("nan"), needle=True, seed=3)]
+
+
+@lru_cache(maxsize=8)
+def posed(problem: Attention, device: str, *, gradient: bool) -> tuple[Inputs, dict[str, Bound]]:
+    """Draw a problem and bound its results; choices of a key come one after the other, and meet the same."""
+    of = problem.inputs(device)
+    return of, attention_bounds(*of.arguments, d_out=of.d_out if gradient else None, **of.options)
+
+
+def heads(case: Case, device: str) -> list[Tensor]:
+    """Draw the tuned problem's q, k and v, on its own device: they are large."""
+    sizes = case.problem
+    b, h, g, m, d = (int(sizes[name]) for name in ("b", "h", "g", "m", "d")) if "g" in sizes else (
+        int(sizes["b"]), int(sizes["h"]), int(sizes["h"]), int(sizes["m"]), int(sizes["d"]))  # fmt: skip
+    draw = torch.Generator(device).manual_seed(7)
+    dtype = getattr(torch, str(sizes.get("dtype", "bfloat16")))
+    n = int(sizes.get("n", m))
+    shapes = [(b, m, h, d), (b, n, g, d), (b, n, g, d)]
+    return [torch.randn(shape, generator=draw, device=device).to(dtype).transpose(1, 2) for shape in shapes]
+
+
+def stretches(
+    case: Case, q: Tensor, k: Tensor, v: Tensor, d_out: Tensor | None = None
+) -> Iterator[tuple[slice, dict[str, Bound]]]:
+    """Bound the results of some rows of a long problem: its first, some in the middle, its last."""
+    m, n = q.shape[2], k.shape[2]
+    mask = masks.causal() if case.problem["causal"] else masks.everything()
+    for begin in sorted({0, max(0, m // 2 - 19), max(0, m - STRETCH)}):
+        rows = slice(begin, min(m, begin + STRETCH))
+        gradient = None if d_out is None else d_out[:, :, rows]
+        yield rows, attention_bounds(q[:, :, rows], k, v, d_out=gradient, mask=mask, q_offset=n - m + begin)
+
+
+CHECKS: Final[dict[str, Callable[..., Iterator[float]]]] = {
+    "attention": attention,
+    "attention_backward": attention_backward,
+}
