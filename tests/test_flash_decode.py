@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -43,7 +44,9 @@ def problems(draw: st.DrawFn, **fixed: Any) -> Attention:
 def cut(choice: FewChoice) -> Iterator[None]:
     """Launch with one choice, on every problem that few queries may have."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decode, "choose_few", lambda _: choice)
+        patch.setattr(
+            decode, "choose_few", lambda key: replace(choice, descriptors=choice.descriptors and key.descriptors)
+        )
         patch.setattr(decode, "few", lambda *_: True)
         yield
 

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -34,6 +35,7 @@ MASKS = st.sampled_from(
 CHOICES = st.builds(
     PagedChoice, tile_m=st.sampled_from([16, 32]), tile_n=st.sampled_from([16, 32]), num_warps=st.just(4),
     num_stages=st.just(1), wanted=st.sampled_from([1, 2, 5, 40]), least=st.sampled_from([1, 2]),
+    descriptors=st.booleans(),
 )  # fmt: skip
 
 
@@ -41,7 +43,12 @@ CHOICES = st.builds(
 def cut(choice: PagedChoice) -> Iterator[None]:
     """Launch with one choice."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(paged, "choose_paged", lambda _: choice)
+        fits = choice.descriptors and choice.tile_n
+        patch.setattr(
+            paged,
+            "choose_paged",
+            lambda key: replace(choice, descriptors=key.descriptors and bool(fits) and key.page % fits == 0),
+        )
         yield
 
 

@@ -63,8 +63,9 @@ def flags_of(call: Call, choice: FewChoice, q: Tensor, k: Tensor, v: Tensor) -> 
         "SOFTCAP": call.softcap is not None, "SINK": call.sink is not None, "ALIBI": call.alibi is not None,
         "NEGATIVE": call.negative, "DEAD": not all_seen(call.lowered, m, n), "SHARED": alike(k, v),
         "DESCRIPTOR": choice.descriptors, "FAR": any(choice.tile_n * x.stride(2) >= 2**31 for x in (k, v)),
-        "SPLIT": choice.splits > 1, "EARLY": choice.early and choice.splits > 1, "INTERPRET": INTERPRETED,
+        "SPLIT": choice.splits > 1, "EARLY": choice.early, "INTERPRET": INTERPRETED,
         "num_warps": choice.num_warps, "num_stages": choice.num_stages,
+        **({"launch_pdl": True} if choice.early else {}),
     }  # fmt: skip
 
 
@@ -78,9 +79,8 @@ def forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor
     lse = q.new_empty(b, h, m, dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
-    choice = choose_few(few_key(q, b * g, m * h // g, n, max(d, e)))
-    if choice.descriptors and not (describable(k) and describable(v) and d <= WIDEST):
-        choice = FewChoice(**{**vars(choice), "descriptors": False})
+    described = d <= WIDEST and describable(k) and describable(v)
+    choice = choose_few(few_key(q, b * g, m * h // g, n, max(d, e), described))
     splits = choice.splits
     parts, logs = out, lse
     if splits > 1:

@@ -5,7 +5,7 @@ A documented heuristic, from shapes and the machine alone: no length that only t
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 
@@ -47,6 +47,7 @@ class FewKey:
         keys: Keys that a row tile may see.
         width: The larger of head and value dimension.
         itemsize: Bytes of an element of q.
+        descriptors: Whether the tensors' strides and alignment allow tensor descriptors.
     """
 
     architecture: str
@@ -56,6 +57,7 @@ class FewKey:
     keys: int
     width: int
     itemsize: int
+    descriptors: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +71,7 @@ class PagedChoice:
         num_stages: Depth of the software pipeline.
         wanted: Programs per key head between which the keys of all sequences are shared; 1 splits no keys.
         least: Key tiles of a part, at least.
+        descriptors: See `FewChoice`; taken up where a tile lies in one page.
         early: See `FewChoice`.
     """
 
@@ -78,6 +81,7 @@ class PagedChoice:
     num_stages: int
     wanted: int
     least: int
+    descriptors: bool = False
     early: bool = False
 
 
@@ -95,6 +99,7 @@ class PagedKey:
         page: Keys of a page.
         width: The larger of head and value dimension.
         itemsize: Bytes of an element of q.
+        descriptors: Whether the tensors' strides and alignment allow tensor descriptors.
     """
 
     architecture: str
@@ -106,6 +111,17 @@ class PagedKey:
     page: int
     width: int
     itemsize: int
+    descriptors: bool = False
+
+
+class Tiles(NamedTuple):
+    """What fits a multiprocessor, ``resident`` times."""
+
+    tile_m: int
+    tile_n: int
+    num_warps: int
+    num_stages: int
+    resident: int
 
 
 LEAST: Final = 256  # keys of a split: fewer cost more to merge than they save
@@ -119,12 +135,12 @@ def choose_few(key: FewKey) -> FewChoice:
     """Choose tiles by architecture and width, then splits so that the programs fill the machine."""
     if key.architecture == "interpreter":
         return FewChoice(tile_m=16, tile_n=16, num_warps=1, num_stages=1, splits=3)
-    tile_m, tile_n, num_warps, num_stages, resident = tiles_for(key.architecture, key.rows, key.width, key.itemsize)
-    programs = key.heads * -(-key.rows // tile_m)
-    splits = splits_for(programs, key.processors * resident, -(-key.keys // max(LEAST, tile_n)))
+    tiles = tiles_for(key, key.rows)
+    programs = key.heads * -(-key.rows // tiles.tile_m)
+    splits = splits_for(programs, key.processors * tiles.resident, -(-key.keys // max(LEAST, tiles.tile_n)))
     return FewChoice(
-        tile_m=tile_m, tile_n=tile_n, num_warps=num_warps, num_stages=num_stages, splits=splits,
-        early=key.architecture in HOPPER,
+        tile_m=tiles.tile_m, tile_n=tiles.tile_n, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+        splits=splits, descriptors=key.descriptors and key.architecture in LARGE, early=key.architecture in HOPPER,
     )  # fmt: skip
 
 
@@ -133,28 +149,41 @@ def choose_paged(key: PagedKey) -> PagedChoice:
     if key.architecture == "interpreter":
         return PagedChoice(tile_m=16, tile_n=16, num_warps=1, num_stages=1, wanted=3, least=1)
     rows = -(-key.rows // max(key.sequences, 1))
-    tile_m, tile_n, num_warps, num_stages, resident = tiles_for(key.architecture, rows, key.width, key.itemsize)
-    most = -(-key.rows // tile_m) * -(-key.keys // max(LEAST, tile_n)) + key.sequences
-    wanted = min(-(-WAVES * key.processors * resident // key.heads), most, MOST)
+    tiles = tiles_for(key, rows)
+    tile_n = min(tiles.tile_n, key.page) if key.page in {64, 128} else tiles.tile_n
+    most = -(-key.rows // tiles.tile_m) * -(-key.keys // max(LEAST, tile_n)) + key.sequences
+    wanted = min(-(-WAVES * key.processors * tiles.resident // key.heads), most, MOST)
     return PagedChoice(
-        tile_m=tile_m, tile_n=tile_n, num_warps=num_warps, num_stages=num_stages, wanted=wanted,
-        least=-(-LEAST // tile_n), early=key.architecture in HOPPER,
+        tile_m=tiles.tile_m, tile_n=tile_n, num_warps=tiles.num_warps, num_stages=tiles.num_stages, wanted=wanted,
+        least=-(-LEAST // tile_n), descriptors=key.descriptors and key.architecture in LARGE and key.page % tile_n == 0,
+        early=key.architecture in HOPPER,
     )  # fmt: skip
 
 
-def tiles_for(architecture: str, rows: int, width: int, itemsize: int) -> tuple[int, int, int, int, int]:
-    """Tile of rows and keys, warps, stages, and how many such programs a multiprocessor holds."""
-    tile_m, width = min(padded(rows), 64), padded(width)
-    if itemsize == 4:
-        return 16, 32 if width <= 128 else 16, 4, 2 if width <= 256 else 1, 2
-    if architecture.startswith("gfx"):
-        return tile_m, 64 if width <= 128 else 32, 4, 2 if width <= 64 else 1, 2
+def tiles_for(key: FewKey | PagedKey, rows: int) -> Tiles:
+    """Cut tiles by what fits the registers and the shared memory, for so many rows that share a key head."""
+    tile_m, width = min(padded(rows), 64), padded(key.width)
+    if key.itemsize == 4:
+        return Tiles(16, 32 if width <= 128 else 16, 4, 2 if width <= 256 else 1, 2)
+    if key.architecture.startswith("gfx"):
+        return Tiles(tile_m, 64 if width <= 128 else 32, 4, 2 if width <= 64 else 1, 2)
     if width > 256:
-        return tile_m, 32 if tile_m > 16 else 16, 8, 2, 1
-    large = architecture in LARGE
+        return Tiles(tile_m, 32 if tile_m > 16 else 16, 8, 2, 1)
+    if key.architecture in LARGE:
+        return large(tile_m, width, key.descriptors)
     if width > 128:
-        return tile_m, 32, 4, 3 if large else 2, 2 if large else 1
-    return tile_m, 64, 4, 3 if large or width <= 64 else 2, 2 if large else 1
+        return Tiles(tile_m, 32, 4, 2, 1)
+    return Tiles(tile_m, 64, 8 if tile_m > 32 else 4, 3, 1)
+
+
+def large(tile_m: int, width: int, descriptors: bool) -> Tiles:
+    """Cut tiles for 228 KB of shared memory. Raced on an H200 (triton 3.6.0, bf16, 16 rows, width 128)."""
+    if not descriptors:
+        tile_n, stages = (32, 3) if width > 128 else (64, 3)
+        return Tiles(tile_m, tile_n, 8 if tile_m > 32 else 4, stages, 2 if tile_m < 64 else 1)
+    if width > 128 or tile_m > 32:
+        return Tiles(tile_m, 64, 4, 3, 1)
+    return Tiles(tile_m, 128, 4, 3, 1) if width > 64 else Tiles(tile_m, 128, 4, 3, 2)
 
 
 def splits_for(programs: int, places: int, most: int) -> int:
@@ -181,17 +210,20 @@ def processors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
 
 
-def few_key(x: torch.Tensor, heads: int, rows: int, keys: int, width: int) -> FewKey:
+def few_key(x: torch.Tensor, heads: int, rows: int, keys: int, width: int, descriptors: bool) -> FewKey:
     """Describe a problem whose queries are x."""
     return FewKey(
         architecture=architecture(), processors=1 if INTERPRETED else processors(x.device.index or 0),
-        heads=heads, rows=rows, keys=keys, width=width, itemsize=x.element_size(),
+        heads=heads, rows=rows, keys=keys, width=width, itemsize=x.element_size(), descriptors=descriptors,
     )  # fmt: skip
 
 
-def paged_key(x: torch.Tensor, sequences: int, heads: int, rows: int, keys: int, page: int, width: int) -> PagedKey:
+def paged_key(
+    x: torch.Tensor, sequences: int, heads: int, rows: int, keys: int, page: int, width: int, descriptors: bool
+) -> PagedKey:
     """Describe a problem whose queries are x."""
     return PagedKey(
         architecture=architecture(), processors=1 if INTERPRETED else processors(x.device.index or 0),
         sequences=sequences, heads=heads, rows=rows, keys=keys, page=page, width=width, itemsize=x.element_size(),
+        descriptors=descriptors,
     )  # fmt: skip

@@ -131,6 +131,7 @@ def few_kernel(  # noqa: C901, PLR0915 - a flag is compiled away
     that merges be launched now, to wait for this one where it reads.
     """
     if EARLY:
+        gdc_wait()  # this kernel, too, is launched before what precedes it is done
         gdc_launch_dependents()
     tiles = tl.cdiv(m * group, M)
     pid = tl.program_id(0)
@@ -228,26 +229,35 @@ def merge_parts(
     S: a power of two that ``count`` does not exceed. BLOCK: parts that are read at once.
     """
     each = tl.arange(0, S)
+    across = tl.arange(0, E)
     log = tl.load(logs + place + each * stride, mask=each < count, other=-float("inf"))
+    if S <= BLOCK:  # read before it is known what for: one latency, not two
+        part = tl.load(
+            parts + (place + each * stride)[:, None] * e + across[None, :],
+            mask=(each < count)[:, None] & (across < e)[None, :], other=0.0,
+        )  # fmt: skip
     top = tl.max(log, 0)
     blind = top == -float("inf")
     if SINK:
         score = tl.load(sink).to(tl.float32)
         top = tl.maximum(top, score * 1.4426950408889634)
     shift = tl.where(top == -float("inf"), 0.0, top)
-    total = tl.sum(tl.exp2(log - shift), 0)
+    weight = tl.exp2(log - shift)
+    total = tl.sum(weight, 0)
     if SINK:
         total += tl.exp2(score * 1.4426950408889634 - shift)
-    across = tl.arange(0, E)
-    mean = tl.zeros([E], tl.float32)
-    for begin in tl.range(0, count, BLOCK):
-        one = begin + tl.arange(0, BLOCK)
-        weight = tl.exp2(tl.load(logs + place + one * stride, mask=one < count, other=-float("inf")) - shift)
-        part = tl.load(
-            parts + (place + one * stride)[:, None] * e + across[None, :],
-            mask=(one < count)[:, None] & (across < e)[None, :], other=0.0,
-        )  # fmt: skip
-        mean += tl.sum(weight[:, None] * part, 0)
+    if S <= BLOCK:
+        mean = tl.sum(weight[:, None] * part, 0)
+    else:
+        mean = tl.zeros([E], tl.float32)
+        for begin in tl.range(0, count, BLOCK):
+            one = begin + tl.arange(0, BLOCK)
+            weight = tl.exp2(tl.load(logs + place + one * stride, mask=one < count, other=-float("inf")) - shift)
+            part = tl.load(
+                parts + (place + one * stride)[:, None] * e + across[None, :],
+                mask=(one < count)[:, None] & (across < e)[None, :], other=0.0,
+            )  # fmt: skip
+            mean += tl.sum(weight[:, None] * part, 0)
     empty = total == 0
     total = tl.where(empty, 1.0, total)
     log_sum = tl.where(empty, -float("inf"), (shift + tl.log2(total)) * 0.6931471805599453)

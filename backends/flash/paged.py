@@ -16,9 +16,9 @@ from longspan.spec.masks import Causal, Chunks, Mask, Prefix, Window, check_join
 from longspan.spec.paged import gather
 
 from .attention import DTYPES, LONGEST, contiguous, one_batch
-from .decode import alike, fits, merge_flags, pieces
+from .decode import WIDEST, alike, fits, merge_flags, pieces
 from .decode_choices import PagedChoice, choose_paged, paged_key
-from .launch import INTERPRETED, Call, padded, quiet
+from .launch import INTERPRETED, Call, describable, describe, padded, quiet
 from .paged_kernel import paged_kernel, paged_merge_kernel
 from .rope import serve
 from .rope_function import PLAIN, transformed
@@ -195,7 +195,8 @@ def launch(
     if out.numel() == 0:
         return out, lse
     seen, group, capacity = Sight(*sees[:4], tuple(sees[4:])), h // g, table.shape[1] * page
-    choice = choose_paged(paged_key(q, b, g, tokens * group, capacity, page, max(d, e)))
+    described = d <= WIDEST and describable(k_pages) and describable(v_pages)
+    choice = choose_paged(paged_key(q, b, g, tokens * group, capacity, page, max(d, e), described))
     reach = min(seen.reach + choice.tile_m // group + 2 * choice.tile_n, FARTHEST)
     tiles = -(-tokens * group // choice.tile_m) + min(b, tokens) + 1
     shape = (reach, capacity, choice.wanted, choice.least)
@@ -204,10 +205,11 @@ def launch(
     logs = q.new_empty(rows, dtype=torch.float32)
     call = Call(sink, alibi, None, None, (0, 0, 0, 0, 0), scale, softcap, out_dtype)
     power = max(16, 1 << b.bit_length())
-    early = choice.early and choice.wanted > 1
+    early = choice.early
     with on(q.device), quiet():
         paged_kernel[((choice.wanted + tiles) * g,)](
-            q, q_lengths, k_pages, v_pages, table, lengths, out, lse, parts, logs, sink, alibi,
+            q, q_lengths, describe(k_pages, choice.tile_n, choice), describe(v_pages, choice.tile_n, choice),
+            table, lengths, out, lse, parts, logs, sink, alibi,
             *q.stride()[:2], q_lengths.stride(0), *k_pages.stride()[:3], *v_pages.stride()[:3], *table.stride(),
             lengths.stride(0), b, tokens, h, group, d, e, seen.low, seen.high, seen.prefix, seen.keep,
             seen.chunks or (FARTHEST,), *call.factors, *shape,
@@ -233,7 +235,9 @@ def flags_of(call: Call, seen: Sight, choice: PagedChoice, k_pages: Tensor, v_pa
         "PREFIX": seen.prefix >= 0, "CHUNKS": len(seen.chunks), "KEEP": seen.keep > 0,
         "SOFTCAP": call.softcap is not None, "ALIBI": call.alibi is not None, "NEGATIVE": call.negative,
         "SHARED": alike(k_pages, v_pages), "FAR": any(choice.tile_n * x.stride(2) >= 2**31 for x in (k_pages, v_pages)),
-        "INTERPRET": INTERPRETED, "num_warps": choice.num_warps, "num_stages": choice.num_stages,
+        "DESCRIPTOR": choice.descriptors, "INTERPRET": INTERPRETED,
+        "num_warps": choice.num_warps, "num_stages": choice.num_stages,
+        **({"launch_pdl": True} if choice.early else {}),
     }  # fmt: skip
 
 

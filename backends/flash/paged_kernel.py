@@ -88,10 +88,14 @@ def load_pages(table, begin, low, high, keep, table_t, N: tl.constexpr, PAGE: tl
 
 @triton.jit
 def load_paged(
-    pool, page, begin, live, width, stride_p, stride_n,
-    N: tl.constexpr, W: tl.constexpr, WHOLE: tl.constexpr, CUT: tl.constexpr, PAGE: tl.constexpr, FAR: tl.constexpr,
+    pool, page, head, begin, live, width, stride_p, stride_h, stride_n,
+    N: tl.constexpr, W: tl.constexpr, WHOLE: tl.constexpr, CUT: tl.constexpr, PAGE: tl.constexpr,
+    DESCRIPTOR: tl.constexpr, FAR: tl.constexpr,
 ):  # fmt: skip
-    """Load keys [begin, begin + N) of a head, whose pool begins at ``pool``: [N, W], zeros where a key is not live."""
+    """Load keys [begin, begin + N) of a head: [N, W]. A key that is not live is zero, or what its slot holds."""
+    if DESCRIPTOR:
+        return pool.load([page.to(tl.int32), head.to(tl.int32), begin % PAGE, 0]).reshape([N, W])
+    pool += head * stride_h
     down = tl.arange(0, N)
     across = tl.arange(0, W)
     if PAGE % N == 0:
@@ -126,11 +130,12 @@ def paged_kernel(  # noqa: C901, PLR0915 - a flag is compiled away
     B: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, D2: tl.constexpr, E: tl.constexpr,
     WHOLE_D: tl.constexpr, WHOLE_D2: tl.constexpr, WHOLE_E: tl.constexpr, PAGE: tl.constexpr,
     PREFIX: tl.constexpr, CHUNKS: tl.constexpr, KEEP: tl.constexpr, SOFTCAP: tl.constexpr, SINK: tl.constexpr,
-    ALIBI: tl.constexpr, NEGATIVE: tl.constexpr, SHARED: tl.constexpr, FAR: tl.constexpr, EARLY: tl.constexpr,
-    INTERPRET: tl.constexpr,
+    ALIBI: tl.constexpr, NEGATIVE: tl.constexpr, SHARED: tl.constexpr, DESCRIPTOR: tl.constexpr, FAR: tl.constexpr,
+    EARLY: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Attend from one row tile of one sequence and key head to one part of the keys that it sees."""
     if EARLY:
+        gdc_wait()  # this kernel, too, is launched before what precedes it is done
         gdc_launch_dependents()
     heads_of_keys = h // group
     key_head = (tl.program_id(0) % heads_of_keys).to(tl.int64)
@@ -169,8 +174,6 @@ def paged_kernel(  # noqa: C901, PLR0915 - a flag is compiled away
         slope = tl.load(alibi + head, mask=exists, other=0.0).to(tl.float32) * 1.4426950408889634
 
     query, query_rest = load_query(q + (start + i).to(tl.int64) * q_t + head * q_h, exists, d, D, D2)
-    k += key_head * k_h
-    v += key_head * v_h
     table += sequence.to(tl.int64) * table_b
     acc = tl.zeros([M, E], tl.float32)
     peak = tl.full([M], -float("inf"), tl.float32)
@@ -182,14 +185,23 @@ def paged_kernel(  # noqa: C901, PLR0915 - a flag is compiled away
     for t in tl.range(full_from, full_to):
         begin = full_low + t * N
         following = load_pages(table, begin + N, 0, end, keep, table_t, N, PAGE, False)
-        key = load_paged(k, page, begin, exists, d, k_p, k_n, N, D, WHOLE_D, False, PAGE, FAR)
+        key = load_paged(
+            k, page, key_head, begin, exists, d, k_p, k_h, k_n,
+            N, D, WHOLE_D, False, PAGE, DESCRIPTOR, FAR,
+        )  # fmt: skip
         key_rest = key
         if D2 > 0:
-            key_rest = load_paged(k + D, page, begin, exists, d - D, k_p, k_n, N, D2, WHOLE_D2, False, PAGE, FAR)
+            key_rest = load_paged(
+            k + D, page, key_head, begin, exists, d - D, k_p, k_h, k_n,
+            N, D2, WHOLE_D2, False, PAGE, False, FAR,
+        )  # fmt: skip
         if SHARED:
             value = key
         else:
-            value = load_paged(v, page, begin, exists, e, v_p, v_n, N, E, WHOLE_E, False, PAGE, FAR)
+            value = load_paged(
+            v, page, key_head, begin, exists, e, v_p, v_h, v_n,
+            N, E, WHOLE_E, False, PAGE, DESCRIPTOR, FAR,
+        )  # fmt: skip
         acc, total, peak = fold_tile(
             acc, total, peak, query, query_rest, key, key_rest, value, begin + tl.arange(0, N),
             scale, inner, outer, first, last, base, keep, stands, slope,
@@ -203,14 +215,23 @@ def paged_kernel(  # noqa: C901, PLR0915 - a flag is compiled away
         live = (j >= lowest) & (j < highest)
         if KEEP:
             live = live | ((j < keep) & (j < highest))
-        key = load_paged(k, page, begin, live, d, k_p, k_n, N, D, WHOLE_D, True, PAGE, FAR)
+        key = load_paged(
+            k, page, key_head, begin, live, d, k_p, k_h, k_n,
+            N, D, WHOLE_D, True, PAGE, DESCRIPTOR, FAR,
+        )  # fmt: skip
         key_rest = key
         if D2 > 0:
-            key_rest = load_paged(k + D, page, begin, live, d - D, k_p, k_n, N, D2, WHOLE_D2, True, PAGE, FAR)
+            key_rest = load_paged(
+            k + D, page, key_head, begin, live, d - D, k_p, k_h, k_n,
+            N, D2, WHOLE_D2, True, PAGE, False, FAR,
+        )  # fmt: skip
         if SHARED:
             value = key
         else:
-            value = load_paged(v, page, begin, live, e, v_p, v_n, N, E, WHOLE_E, True, PAGE, FAR)
+            value = load_paged(
+            v, page, key_head, begin, live, e, v_p, v_h, v_n,
+            N, E, WHOLE_E, True, PAGE, DESCRIPTOR, FAR,
+        )  # fmt: skip
         acc, total, peak = fold_tile(
             acc, total, peak, query, query_rest, key, key_rest, value, j,
             scale, inner, outer, first, last, base, keep, stands, slope,
