@@ -22,7 +22,7 @@ def canonical(values: Values) -> str:
 def phrase(values: Values) -> str:
     """Write plain data for people: ``tile_m 64, masked``."""
     said = (
-        name if value is True else f"no {name}" if value is False else f"{name} {value}"
+        name if value is True else f"not {name}" if value is False else f"{name} {value}"
         for name, value in values.items()
     )
     return ", ".join(part.replace("_", " ") for part in said)
@@ -63,7 +63,8 @@ class Family:
         prepare: From a case, the name of a device and whether to fill in numbers, to a launch on arguments of its own,
             which returns what it wrote; its choice is the one that `override` says.
         cost: A guess that orders choices, cheapest first. It never rejects one.
-        nearby: Names of the key's numbers that may differ in a fallback.
+        sized: From the sizes of a model's layer (heads, groups, head_dim, value_dim, itemsize, causal) and an
+            architecture to the cases that it launches; none of a kernel that it does not.
     """
 
     name: str
@@ -75,7 +76,7 @@ class Family:
     heuristic: Callable[[Case, str], Values]
     prepare: Callable[[Case, str, bool], Callable[[], Any]]
     cost: Callable[[Case, Values, str], float] = field(default=lambda case, choice, arch: 0.0)  # noqa: ARG005
-    nearby: tuple[str, ...] = ()
+    sized: Callable[[Values, str], Sequence[Case]] = field(default=lambda sizes, arch: ())  # noqa: ARG005
 
 
 def imported(name: str) -> Any:

@@ -13,7 +13,8 @@ app = typer.Typer(
     name="longspan", add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Exact long-context attention and RoPE scaling: what runs here, whether it is right, and what a model takes.",
-    epilog="Exit code: 0 all is well; 1 a law failed, or a model is not served within the error budget; 2 bad input.",
+    epilog="Exit code: 0 all is well; 1 a law failed, a model is not served within the error budget, or a choice was "
+    "wrong or a key not done while tuning; 2 bad input.",
 )  # fmt: skip
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines and nothing else.")]
@@ -74,7 +75,51 @@ def preflight(
     raise typer.Exit(verb(config, context, backend, device, seconds=seconds, png=png, as_json=json))
 
 
-VERBS: Final = ("backends", "verify", "preflight")
+@app.command()
+def tune(
+    *,
+    kernel: Annotated[
+        list[str] | None,
+        typer.Option("--kernel", metavar="K", help="Only this kernel, or a backend's; may be given several times."),
+    ] = None,
+    budget: Annotated[str, typer.Option(metavar="T", help="How long to take: 90s, 5m, 1h.")] = "5m",
+    model: Annotated[
+        Path | None, typer.Option(metavar="CONFIG.json", help="Only what the layers of this model launch.")
+    ] = None,
+    context: Annotated[int | None, typer.Option(metavar="N", help="Tokens of the model's context.")] = None,
+    exhaustive: Annotated[
+        bool, typer.Option("--exhaustive", help="Sweep every choice, and say what the race alone would have lost.")
+    ] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh/--resume", help="Measure anew what was measured before, or go on where it stopped.")
+    ] = False,
+    compile_only: Annotated[
+        bool, typer.Option("--compile-only", help="Compile every choice and measure none; needs no GPU.")
+    ] = False,
+    arch: Annotated[str | None, typer.Option(metavar="A", help="With --compile-only: sm_90, gfx942, …")] = None,
+    export: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="Write the table of this device there, too.")
+    ] = None,
+    merge: Annotated[
+        tuple[Path, Path] | None, typer.Option(metavar="A B", help="Merge two tables into --export, or else into B.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Compilers at once; default: the cores.")
+    ] = None,
+    png: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the gains to a PNG.")] = None,
+    json: Json = False,
+) -> None:
+    """Measure which launch parameters are fastest on this GPU, once; launches look the results up."""
+    from .tune import main as verb  # noqa: PLC0415 - imports what it tunes
+
+    code = verb(
+        kernels=tuple(kernel or ()), budget=budget, model=model, context=context, exhaustive=exhaustive, fresh=fresh,
+        compile_only=compile_only, arch=arch, export=export, merged=merge, workers=workers, png=png, as_json=json,
+    )  # fmt: skip
+    raise typer.Exit(code)
+
+
+VERBS: Final = ("backends", "verify", "preflight", "tune")
 
 
 def run(arguments: list[str]) -> int:

@@ -86,7 +86,9 @@ def attention_backward(backend: Backend, case: Case, device: str, *, whole: bool
     if whole:
         q, k, v = heads(case, device)
         mask = masks.causal() if case.problem["causal"] else masks.everything()
-        d_out = torch.randn(q.shape, generator=torch.Generator(device).manual_seed(9), device=device).to(q.dtype)
+        d_out = torch.randn(
+            *q.shape[:3], v.shape[3], generator=torch.Generator(device).manual_seed(9), device=device
+        ).to(q.dtype)
         for rows, bound in stretches(case, q, k, v, d_out):
             # A gradient that is zero elsewhere: what these rows send back is all there is.
             sparse = torch.zeros_like(d_out)
@@ -111,13 +113,9 @@ def problems(case: Case, *, whole: bool) -> list[Attention]:
     Keys that nobody sees, and NaN in them, are other code: a winner meets those, too.
     """
     sizes, mask = case.problem, "causal()" if case.problem["causal"] else "everything()"
-    h, g, d, dtype = (
-        int(sizes["h"]),
-        int(sizes.get("g", sizes["h"])),
-        int(sizes["d"]),
-        str(sizes.get("dtype", "bfloat16")),
-    )
-    ragged = Attention(b=2, h=h, g=g, m=197, n=333, d=d, e=d, dtype=dtype, mask=mask, storage="bmhd", seed=1)
+    h, d = int(sizes["h"]), int(sizes["d"])
+    g, e, dtype = int(sizes.get("g", h)), int(sizes.get("e", d)), str(sizes.get("dtype", "bfloat16"))
+    ragged = Attention(b=2, h=h, g=g, m=197, n=333, d=d, e=e, dtype=dtype, mask=mask, storage="bmhd", seed=1)
     if not whole:
         return [ragged, replace(ragged, b=1, m=70, n=70, amplitude=3.0, needle=True, seed=2)]
     return [replace(ragged, mask=f"{mask} & lengths([304, 211])", dead=float("nan"), needle=True, seed=3)]
@@ -132,13 +130,11 @@ def posed(problem: Attention, device: str, *, gradient: bool) -> tuple[Inputs, d
 
 def heads(case: Case, device: str) -> list[Tensor]:
     """Draw the tuned problem's q, k and v, on its own device: they are large."""
-    sizes = case.problem
-    b, h, g, m, d = (int(sizes[name]) for name in ("b", "h", "g", "m", "d")) if "g" in sizes else (
-        int(sizes["b"]), int(sizes["h"]), int(sizes["h"]), int(sizes["m"]), int(sizes["d"]))  # fmt: skip
-    draw = torch.Generator(device).manual_seed(7)
-    dtype = getattr(torch, str(sizes.get("dtype", "bfloat16")))
-    n = int(sizes.get("n", m))
-    shapes = [(b, m, h, d), (b, n, g, d), (b, n, g, d)]
+    sizes = {name: int(value) for name, value in case.problem.items() if not isinstance(value, str)}
+    b, h, m, d = (sizes[name] for name in ("b", "h", "m", "d"))
+    g, n, e = sizes.get("g", h), sizes.get("n", m), sizes.get("e", d)
+    draw, dtype = torch.Generator(device).manual_seed(7), getattr(torch, str(case.problem.get("dtype", "bfloat16")))
+    shapes = (b, m, h, d), (b, n, g, d), (b, n, g, e)
     return [torch.randn(shape, generator=draw, device=device).to(dtype).transpose(1, 2) for shape in shapes]
 
 

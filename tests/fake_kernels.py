@@ -91,8 +91,16 @@ class Scripted:
     def __init__(self) -> None:
         self.draw = random.Random(1)
 
-    def describe(self) -> None:
-        """There is no device."""
+    def describe(self) -> dict[str, Any]:
+        """Describe a card that is not there."""
+        return {
+            "arch": "sm_90",
+            "multiprocessors": 132,
+            "l2": 50 << 20,
+            "shared": 227 << 10,
+            "name": "A card",
+            "uuid": "0",
+        }
 
     def copies(self, prepare: Callable[[], Callable[[], Any]]) -> list[Callable[[], Any]]:
         """One launch."""
@@ -149,7 +157,7 @@ def family(name: str, space: Sequence[Values], heuristic: Values, *, cases: int 
         space=lambda of, arch: space,  # noqa: ARG005
         heuristic=lambda of, arch: heuristic,  # noqa: ARG005
         prepare=lambda of, device, fill: lambda: launch(int(of.problem["size"]), name),  # noqa: ARG005
-        cost=lambda of, choice, arch: float(choice["cost"]), nearby=("size",),  # noqa: ARG005
+        cost=lambda of, choice, arch: float(choice["cost"]),  # noqa: ARG005
     )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from longspan.spec.masks import causal, everything
 
 from . import backward, forward
 from .choices import SOURCES, Key, heuristic
-from .launch import LOG2_E, Call
+from .launch import LOG2_E, Call, padded
 from .lowering import lower
 
 WIDTH: Final = 2048  # heads · head dimension
@@ -56,6 +56,24 @@ def cases(kernel: str, arch: str) -> list[Case]:
         # Masks are integers to the kernels, so that code is compiled for the width alone.
         made.append(Case(key=key, problem=problem, variant={"kernel": kernel, "width": width, "h": WIDTH // width}))
     return made
+
+
+def sized(kernel: str, sizes: Values, arch: str) -> list[Case]:
+    """What a model's layer launches: its own heads, on as many of its tokens as take a few milliseconds."""
+    del arch
+    if sizes["itemsize"] != 2:
+        return []
+    width, heads = padded(max(int(sizes["head_dim"]), int(sizes["value_dim"]))), int(sizes["heads"])
+    tokens = min(int(sizes["context"]), max(1024, TOKENS * WIDTH // (heads * width) // 128 * 128))
+    causal = bool(sizes["causal"])
+    if width not in WIDTHS:
+        return []
+    problem = {
+        "b": 1, "h": heads, "g": int(sizes["groups"]), "m": tokens, "d": int(sizes["head_dim"]),
+        "e": int(sizes["value_dim"]), "causal": causal,
+    }  # fmt: skip
+    key = {"width": width, "itemsize": 2, "masked": causal, "descriptors": True}
+    return [Case(key=key, problem=problem, variant={"kernel": kernel, **problem, "causal": False, "m": 0})]
 
 
 def key_of(kernel: Any, case: Case, arch: str) -> Key:
@@ -99,26 +117,30 @@ def call_of(case: Case, q: Tensor) -> Call:
     m = q.shape[2]
     mask = causal() if case.problem["causal"] else everything()
     seen = lower(mask, q.shape[0], m, m, q_offset=None, k_offset=0, device=q.device)
-    return Call(None, None, seen.rows, seen.sequences, tuple(seen.interval), 1 / math.sqrt(q.shape[3]), None, q.dtype)  # pyright: ignore[reportArgumentType]
+    scale: Any = 1 / math.sqrt(q.shape[3])
+    interval: Any = tuple(seen.interval)
+    return Call(None, None, seen.rows, seen.sequences, interval, scale, None, q.dtype)
 
 
-def heads_of(case: Case, device: str, fill: bool, count: int) -> list[Tensor]:
-    """Draw so many tensors of heads."""
-    sizes = case.problem
-    shape = (int(sizes["b"]), int(sizes["h"]), int(sizes["m"]), int(sizes["d"]))
-    return [draw(shape, device, fill, seed) for seed in range(count)]
+def heads_of(case: Case, device: str, fill: bool) -> list[Tensor]:
+    """Draw queries, keys, values and the gradient of out."""
+    sizes = {name: int(value) for name, value in case.problem.items()}
+    b, h, m, d = (sizes[name] for name in ("b", "h", "m", "d"))
+    g, e = sizes.get("g", h), sizes.get("e", d)
+    shapes = (b, h, m, d), (b, g, m, d), (b, g, m, e), (b, h, m, e)
+    return [draw(shape, device, fill, seed) for seed, shape in enumerate(shapes)]
 
 
 def prepare_forward(case: Case, device: str, fill: bool) -> Callable[[], Any]:
     """Launch the forward kernel."""
-    q, k, v = heads_of(case, device, fill, 3)
+    q, k, v, _ = heads_of(case, device, fill)
     call = call_of(case, q)
     return lambda: forward.forward(call, q, k, v)
 
 
 def prepare_backward(kernel: str, case: Case, device: str, fill: bool) -> Callable[[], Any]:
     """Launch one of the backward kernels, on what the forward kernel and the first backward kernel leave."""
-    q, k, v, d_out = heads_of(case, device, fill, 4)
+    q, k, v, d_out = heads_of(case, device, fill)
     call = call_of(case, q)
     two = torch.empty(2, *q.shape[:3], device=device)
     if fill:
@@ -145,15 +167,16 @@ def attention(kernel: Any) -> Family:
         return vars(heuristic(key_of(kernel, case, arch)))
 
     def prepare(case: Case, device: str, fill: bool) -> Callable[[], Any]:
-        return (
-            prepare_forward(case, device, fill) if kernel == "forward" else prepare_backward(kernel, case, device, fill)
-        )
+        if kernel == "forward":
+            return prepare_forward(case, device, fill)
+        return prepare_backward(kernel, case, device, fill)
 
     return Family(
         name=f"flash.{kernel}", operation="attention" if kernel == "forward" else "attention_backward",
         backend="longspan.backends.flash", sources=SOURCES[f"flash.{kernel}"],
         cases=lambda arch: cases(kernel, arch), space=lambda case, arch: list(space(kernel, case, arch)),
-        heuristic=start, prepare=prepare, cost=lambda case, choice, arch: distance(choice, start(case, arch)),
+        sized=lambda sizes, arch: sized(kernel, sizes, arch), heuristic=start, prepare=prepare,
+        cost=lambda case, choice, arch: distance(choice, start(case, arch)),
     )  # fmt: skip
 
 
