@@ -16,6 +16,7 @@ from longspan.spec import AttentionState
 from longspan.spec.checks import check_attention, check_lengths, check_pages, check_ragged
 from longspan.spec.masks import Mask, documents, everything
 
+from ..flash import decode
 from ..flash.lowering import lower
 from ..flash.rope_function import transformed
 from ..registry import Unsupported
@@ -23,6 +24,7 @@ from .function import attend
 from .launch import Call, declines_layout
 
 DTYPES: Final = (torch.float16, torch.bfloat16)
+LONG: Final = 1024  # keys that one program reads slower than many
 OUT_DTYPES: Final = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -113,6 +115,8 @@ def declines_problem(
         return f"hopper.attention runs on a GPU, got tensors on {q.device}"
     if alibi is not None and alibi.requires_grad and torch.is_grad_enabled():
         return "hopper.attention has no gradient for alibi, which requires one"
+    if decode.few(q, k, v) and k.shape[2] >= LONG:
+        return f"hopper.attention does not split keys over programs, which {q.shape[2]} queries need"
     return declines_layout("q", q) or declines_layout("k", k) or declines_layout("v", v)
 
 

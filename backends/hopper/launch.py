@@ -56,11 +56,11 @@ def declines_address(name: str, x: Tensor) -> str | None:
     return None
 
 
-def describe(x: Tensor, rows: int, width: int | None = None) -> Any:
+def describe(x: Tensor, rows: int, width: int) -> Any:
     """Describe a tensor to the copy engine in tiles [1, 1, rows, width]: what lies outside of it reads as zeros."""
     from .gluon import TensorDescriptor, gl  # noqa: PLC0415 - Gluon is slow to import, and of no use elsewhere
 
-    block = [1, 1, rows, padded(x.shape[3]) if width is None else width]
+    block = [1, 1, rows, width]
     dtype = getattr(gl, str(x.dtype).removeprefix("torch."))
     # The stride of an axis of one element says nothing, and may be anything: also something that the engine refuses.
     whole = ALIGNED * -(-x.shape[3] // ALIGNED)

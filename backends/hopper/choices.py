@@ -1,0 +1,82 @@
+"""What a kernel is compiled for: its tiles, chosen by the heads' width, and the features that a call asks for.
+
+A documented heuristic. Nothing here is a measurement of the caller's machine.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..flash.lowering import all_seen
+from .launch import Call, padded
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """Everything that the forward kernel knows when it is compiled, named as in the kernel.
+
+    Attributes:
+        W: Warpgroups that compute.
+        M: Queries of each.
+        N: Keys of a tile.
+        D: Head dimension in shared memory.
+        E: Value dimension in shared memory.
+        STAGES: Tiles of keys, and of values, that shared memory holds.
+        REGISTERS: Registers of a thread of a computing warpgroup.
+        LOADER: Registers of a thread of the loading warp.
+        HEADS: Heads whose tiles are computed side by side, sharing the L2 cache.
+        MASK: ``none`` (every key is seen, and there are whole tiles of them), ``affine``, ``each`` (affine, with
+            integers of each sequence) or ``rows``.
+        LEFT: Whether the mask may hide keys on the left of those that a row sees.
+        DEAD: Whether keys that nobody sees, which may hold NaN, can lie in a tile that is read.
+        SOFTCAP: Whether scores are capped.
+        BIASED: Whether scores are scaled, and lowered with the distance (ALiBi), before their maximum is known; else
+            the scale is positive, and is part of the exponential.
+        STAGED: Whether out leaves through shared memory; in float32 it leaves from registers.
+        REUSE: Whether it leaves through that of the queries, where there is no room for more.
+    """
+
+    W: int
+    M: int
+    N: int
+    D: int
+    E: int
+    STAGES: int
+    REGISTERS: int
+    LOADER: int
+    HEADS: int
+    MASK: str
+    LEFT: bool
+    DEAD: bool
+    SOFTCAP: bool
+    BIASED: bool
+    STAGED: bool
+    REUSE: bool
+    LOOPS: int = 3
+
+
+def widths(d: int, e: int) -> tuple[int, int]:
+    """Head and value dimension in shared memory: few pairs, since a kernel is compiled for each."""
+    if padded(d) == 256 and padded(e) <= 128:
+        return 256, 128
+    return max(padded(d), padded(e)), max(padded(d), padded(e))
+
+
+def variant(call: Call, q: Tensor, k: Tensor, v: Tensor) -> Variant:
+    """Choose how a call is computed."""
+    m, n, tall = q.shape[2], k.shape[2], 64
+    d, e = widths(q.shape[3], v.shape[3])
+    low, high, stop, _, _ = call.interval
+    mask = "rows" if call.rows is not None else "each" if call.sequences is not None else "affine"
+    warpgroups = 3 if d == 64 else 2
+    keys = 64 if d == 256 else 128
+    everything = mask == "affine" and low <= 1 - m and high >= n and stop >= n
+    staged = call.out_dtype.itemsize == 2
+    return Variant(
+        W=warpgroups, M=tall, N=keys, D=d, E=e, STAGES=3 if d == 64 else 2,
+        REGISTERS=160 if warpgroups == 3 else 240, LOADER=24, HEADS=8,
+        MASK="none" if everything and n % keys == 0 else mask,
+        LEFT=mask != "affine" or low > 1 - m, DEAD=not all_seen(call.lowered, m, n),
+        SOFTCAP=call.softcap is not None, BIASED=call.alibi is not None or call.negative,
+        STAGED=staged, REUSE=staged and e == 256,
+    )  # fmt: skip
