@@ -7,11 +7,14 @@ cache key that a launch on the device will look up; and launches are recorded in
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, Final
 
 from .family import Case, families
 from .lookup import override
 from .resources import resources
+
+USUAL: Final = 108  # multiprocessors of a device of which only the architecture is known
 
 
 class Offline:
@@ -54,13 +57,17 @@ class Compiler:
     Args:
         sources: Import strings of sequences of families.
         target: Backend, architecture and lanes.
+        multiprocessors: Of the device; launches may ask.
     """
 
-    def __init__(self, sources: list[str], target: tuple[str, int | str, int]) -> None:
-        from triton.runtime import driver  # noqa: PLC0415 - a worker alone compiles
+    def __init__(self, sources: list[str], target: tuple[str, int | str, int], multiprocessors: int = 0) -> None:
+        import torch  # noqa: PLC0415 - a worker alone compiles
+        from triton.runtime import driver  # noqa: PLC0415
 
         stand_in: Any = Offline(*target)
         driver.set_active(stand_in)
+        about: Any = SimpleNamespace(multi_processor_count=multiprocessors or USUAL)
+        torch.cuda.get_device_properties = lambda *_: about
         self.families = families(sources)
 
     def compile(self, family: str, case: dict[str, Any], choice: dict[str, Any]) -> dict[str, Any]:

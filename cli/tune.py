@@ -204,7 +204,9 @@ def compile_pool(asked: Asked, device: Device) -> Pool:
     """Make the compile workers: one a core, but for the coordinator's and the measuring worker's."""
     cores = len(os.sched_getaffinity(0))
     count = asked.workers or max(1, cores - (1 if asked.compile_only or cores > 2 else 0))
-    servant = {"sources": list(asked.sources), "target": list(device.target)}
+    servant = {
+        "sources": list(asked.sources), "target": list(device.target), "multiprocessors": device.multiprocessors,
+    }  # fmt: skip
     # What a worker must not do: interpret, or look for threads that the others need.
     environment = {"TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
     return Pool(asked.compiler, servant, count=count, memory=MEMORY, environment=environment)

@@ -17,8 +17,10 @@ from torch import Tensor
 
 from longspan.autotune import Case, Family
 from longspan.backends import Backend
-from longspan.laws import Attention, Bound, attention_bounds, worst
+from longspan.laws import Attention, Bound, Rotate, attention_bounds, worst
+from longspan.laws.caches import pages_are_gathered_keys
 from longspan.laws.problems import Inputs
+from longspan.laws.rotation import queries_and_keys_turn_alike
 from longspan.spec import masks
 
 STRETCH: Final = 48  # queries of a long problem that are checked together
@@ -150,7 +152,53 @@ def stretches(
         yield rows, attention_bounds(q[:, :, rows], k, v, d_out=gradient, mask=mask, q_offset=n - m + begin)
 
 
+def attention_few(backend: Backend, case: Case, device: str, *, whole: bool) -> Iterator[float]:
+    """Check out and lse of few queries against many keys."""
+    sizes = {name: int(value) for name, value in case.problem.items()}
+    h, g, m, d = (sizes[name] for name in ("h", "g", "m", "d"))
+    ragged = Attention(b=3, h=h, g=g, m=m, n=1237, d=d, e=d, dtype="bfloat16", storage="bmhd", needle=True, seed=1)
+    short = replace(ragged, b=2, n=4 * m + 61, amplitude=3.0, seed=2)
+    dead = replace(ragged, mask="lengths([1237, 1000, 1])", dead=float("nan"), seed=3)
+    for problem in (dead,) if whole else (ragged, short):
+        of, bound = posed(problem, device, gradient=False)
+        with poisoned():
+            state = backend.attention(*of.arguments, **of.options)
+        yield max(worst("out", state.out, bound["out"]), worst("lse", state.lse, bound["lse"]))
+    if whole:
+        q, k, v = heads(case, device)
+        with poisoned():
+            state = backend.attention(q, k, v)
+        for one in range(0, q.shape[0], 3):  # a sequence at a time: in float64 all of them are gigabytes
+            row = slice(one, one + 1)
+            bound = attention_bounds(q[row], k[row], v[row])
+            yield max(worst("out", state.out[row], bound["out"]), worst("lse", state.lse[row], bound["lse"]))
+
+
+def attention_paged(backend: Backend, case: Case, device: str, *, whole: bool) -> Iterator[float]:
+    """Check out and lse of paged caches whose free slots hold NaN; a winner meets longer ones."""
+    sizes = {name: int(value) for name, value in case.problem.items()}
+    h, g, m, d = (sizes[name] for name in ("h", "g", "m", "d"))
+    seeds = {size: seed for seed, size in enumerate((16, 32, 64, 128), 4)}  # by which the law draws pages of a size
+    small = Attention(b=3, h=h, g=g, m=m, n=333, d=d, e=d, dtype="bfloat16", seed=seeds[sizes["page"]])
+    ragged = replace(small, n=4321 if whole else 333, seed=small.seed + 4 * whole)
+    for problem in (ragged, replace(ragged, b=1, n=70, seed=small.seed + 8)):
+        with poisoned():
+            yield pages_are_gathered_keys(backend, problem, device)
+
+
+def rotate_qk(backend: Backend, case: Case, device: str, *, whole: bool) -> Iterator[float]:
+    """Check turned queries and keys, at positions far out."""
+    sizes = {name: int(value) for name, value in case.problem.items()}
+    h, g, m, d = (sizes[name] for name in ("h", "g", "m", "d"))
+    storage = "bmhd" if case.problem["inside"] else "bhmd"
+    few = Rotate(b=2, h=h, g=g, m=197, d=d, planes=d // 2, dtype="bfloat16", largest=2**31, storage=storage, seed=1)
+    long = replace(few, b=1, m=m, position="bm", seed=2)
+    for problem in (few, long) if whole else (few, replace(few, b=1, m=1, largest=2**20, seed=3)):
+        with poisoned():
+            yield queries_and_keys_turn_alike(backend, problem, device)
+
+
 CHECKS: Final[dict[str, Callable[..., Iterator[float]]]] = {
-    "attention": attention,
-    "attention_backward": attention_backward,
-}
+    "attention": attention, "attention_backward": attention_backward, "attention_few": attention_few,
+    "attention_paged": attention_paged, "rotate_qk": rotate_qk,
+}  # fmt: skip

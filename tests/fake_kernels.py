@@ -119,8 +119,8 @@ class Scripted:
 class Compiler:
     """Stands in for the one that compiles: a choice's ``compile`` says what becomes of it."""
 
-    def __init__(self, sources: list[str], target: Any) -> None:
-        del sources, target
+    def __init__(self, sources: list[str], target: Any, multiprocessors: int = 0) -> None:
+        del sources, target, multiprocessors
 
     def compile(self, family: str, case: dict[str, Any], choice: dict[str, Any]) -> dict[str, Any]:  # noqa: ARG002
         """Do as the choice says."""

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from longspan import spec
 from longspan.backends import flash
-from longspan.backends.flash import rope_kernel
+from longspan.backends.flash import rope_choices
 from longspan.backends.flash.rope_kernel import cosine_sine, turns_of
 from longspan.spec import Rotation
 
@@ -70,8 +70,8 @@ def test_what_a_gpu_would_launch_turns_alike(
     position = torch.randint(0, 2**31, (2, m), device=DEVICE)
     rotation = Rotation(spec.inv_freq(2 * planes, device=DEVICE))
     expected = flash.rotate_qk(q, k, position, rotation)
-    monkeypatch.setattr(rope_kernel, "INTERPRETED", False)  # whose tiles are all alike
-    monkeypatch.setattr(rope_kernel, "FILLED", filled)
+    monkeypatch.setattr(rope_choices, "INTERPRETED", False)  # whose tiles are all alike
+    monkeypatch.setattr(rope_choices, "FILLED", filled)
     for found, one in zip(flash.rotate_qk(q, k, position, rotation), expected, strict=True):
         assert torch.equal(found, one)
 
@@ -82,11 +82,11 @@ def test_what_a_gpu_would_launch_turns_alike(
 def test_a_gpu_has_enough_programs_of_tiles_that_fit_its_registers(
     monkeypatch: pytest.MonkeyPatch, planes: int, itemsize: int, heads_inside: bool
 ) -> None:
-    monkeypatch.setattr(rope_kernel, "INTERPRETED", False)
+    monkeypatch.setattr(rope_choices, "INTERPRETED", False)
     for tokens, count in itertools.product([1, 7, 4096, 2**31], [1, 3, 32, 128]):
-        choice = rope_kernel.choose_rope(tokens, count, planes, itemsize, heads_inside=heads_inside)
-        tile = choice.tokens * choice.heads * rope_kernel.power_of_two(planes)
+        choice = rope_choices.choose_rope(tokens, count, planes, itemsize, heads_inside=heads_inside)
+        tile = choice.tokens * choice.heads * rope_choices.power_of_two(planes)
         assert tile * itemsize <= max(1024, 512 * itemsize) * choice.num_warps
         assert tile & (tile - 1) == 0
         programs = -(-tokens // choice.tokens) * choice.split
-        assert programs >= rope_kernel.FILLED or choice.split * choice.heads >= count
+        assert programs >= rope_choices.FILLED or choice.split * choice.heads >= count

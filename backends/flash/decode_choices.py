@@ -1,13 +1,17 @@
 """How few queries against many keys are cut up: the tiles of the kernel, and how many programs share a row tile's keys.
 
-A documented heuristic, from shapes and the machine alone: no length that only the device knows is read.
+Tiles that were tuned on this GPU (`longspan.autotune`), or else by a documented heuristic; and splits from shapes and
+the machine alone: no length that only the device knows is read.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import cache
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
+
+from longspan.autotune import Asked, Lookup, Values
 
 from .launch import INTERPRETED, architecture, padded
 
@@ -114,6 +118,27 @@ class PagedKey:
     descriptors: bool = False
 
 
+@dataclass(frozen=True, kw_only=True)
+class TileKey:
+    """What tiles depend on; the rest of a choice is reckoned from them.
+
+    Attributes:
+        paged: Whether keys lie on pages.
+        architecture: See `FewKey`.
+        rows: Rows of a tile.
+        width: The larger of head and value dimension, padded to a power of two.
+        itemsize: Bytes of an element of q.
+        descriptors: See `FewKey`.
+    """
+
+    paged: bool
+    architecture: str
+    rows: int
+    width: int
+    itemsize: int
+    descriptors: bool
+
+
 class Tiles(NamedTuple):
     """What fits a multiprocessor, ``resident`` times."""
 
@@ -125,8 +150,9 @@ class Tiles(NamedTuple):
 
 
 LEAST: Final = 256  # keys of a split: fewer cost more to merge than they save
+LEAST_PAGED: Final = 512  # keys of a part, likewise
 MOST: Final = 256  # splits
-WAVES: Final = 4  # of programs: the last one, which fills the machine in part, then matters less
+SMALLEST: Final = 64  # keys of a tile that the copy engine loads from a page
 LARGE: Final = ("sm_90", "sm_100", "sm_103")  # 228 KB of shared memory
 HOPPER: Final = (*LARGE, "sm_120", "sm_121")  # one kernel may be launched before another is done
 
@@ -145,24 +171,55 @@ def choose_few(key: FewKey) -> FewChoice:
 
 
 def choose_paged(key: PagedKey) -> PagedChoice:
-    """Choose tiles by architecture, width and the mean number of queries, then about four waves of programs."""
+    """Choose tiles by architecture, width and the mean number of queries, then one wave of programs.
+
+    A tile of the copy engine lies in one page.
+    """
     if key.architecture == "interpreter":
         return PagedChoice(tile_m=16, tile_n=16, num_warps=1, num_stages=1, wanted=3, least=1)
-    rows = -(-key.rows // max(key.sequences, 1))
-    tiles = tiles_for(key, rows)
-    tile_n = min(tiles.tile_n, key.page) if key.page in {64, 128} else tiles.tile_n
-    most = -(-key.rows // tiles.tile_m) * -(-key.keys // max(LEAST, tile_n)) + key.sequences
-    wanted = min(-(-WAVES * key.processors * tiles.resident // key.heads), most, MOST)
+    key = replace(key, descriptors=key.descriptors and key.page % SMALLEST == 0 and key.architecture in LARGE)
+    tiles = tiles_for(key, -(-key.rows // max(key.sequences, 1)))
+    tile_n = SMALLEST if key.descriptors and key.page % tiles.tile_n else tiles.tile_n
+    places = key.processors * max(1, tiles.resident * tiles.tile_n // tile_n)
+    most = -(-key.rows // tiles.tile_m) * -(-key.keys // LEAST_PAGED) + key.sequences
     return PagedChoice(
-        tile_m=tiles.tile_m, tile_n=tile_n, num_warps=tiles.num_warps, num_stages=tiles.num_stages, wanted=wanted,
-        least=-(-LEAST // tile_n), descriptors=key.descriptors and key.architecture in LARGE and key.page % tile_n == 0,
-        early=key.architecture in HOPPER,
+        tile_m=tiles.tile_m, tile_n=tile_n, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+        wanted=max(1, min(places // key.heads, most, MOST)), least=-(-LEAST_PAGED // tile_n),
+        descriptors=key.descriptors, early=key.architecture in HOPPER,
     )  # fmt: skip
 
 
 def tiles_for(key: FewKey | PagedKey, rows: int) -> Tiles:
-    """Cut tiles by what fits the registers and the shared memory, for so many rows that share a key head."""
-    tile_m, width = min(padded(rows), 64), padded(key.width)
+    """Cut tiles as was tuned on this GPU, or by the rule, for so many rows that share a key head."""
+    return TUNED(
+        TileKey(
+            paged=isinstance(key, PagedKey), architecture=key.architecture, rows=min(padded(rows), tallest(key)),
+            width=padded(key.width), itemsize=key.itemsize, descriptors=key.descriptors,
+        )
+    )  # fmt: skip
+
+
+def tallest(key: FewKey | PagedKey) -> int:
+    """Rows of the tallest tile: prompts that are read in chunks want it as tall as fits."""
+    roomy = isinstance(key, PagedKey) and key.architecture in LARGE and key.width <= 256 and key.itemsize == 2
+    return 128 if roomy else 64
+
+
+def asked(key: TileKey) -> Asked:
+    """Write a key as tables know it."""
+    values = {name: value for name, value in vars(key).items() if name not in {"paged", "architecture"}}
+    return Asked("flash.paged" if key.paged else "flash.few", key.architecture, values)
+
+
+def build(key: TileKey, values: Values) -> Tiles:
+    """Make tiles of a row's; those of float32 have rows of their own."""
+    made: Any = dict(values)
+    return Tiles(16 if key.itemsize == 4 else key.rows, **made)
+
+
+def tiles_by_rule(key: TileKey) -> Tiles:
+    """Cut tiles by what fits the registers and the shared memory."""
+    tile_m, width = key.rows, key.width
     if key.itemsize == 4:
         return Tiles(16, 32 if width <= 128 else 16, 4, 2 if width <= 256 else 1, 2)
     if key.architecture.startswith("gfx"):
@@ -179,10 +236,9 @@ def tiles_for(key: FewKey | PagedKey, rows: int) -> Tiles:
 def large(tile_m: int, width: int, descriptors: bool) -> Tiles:
     """Cut tiles for 228 KB of shared memory. Raced on an H200 (triton 3.6.0, bf16, 16 rows, width 128)."""
     if not descriptors:
-        tile_n, stages = (32, 3) if width > 128 else (64, 3)
-        return Tiles(tile_m, tile_n, 8 if tile_m > 32 else 4, stages, 2 if tile_m < 64 else 1)
+        return Tiles(tile_m, 32 if width > 128 else 64, 8 if tile_m > 32 else 4, 3, 2 if tile_m < 64 else 1)
     if width > 128 or tile_m > 32:
-        return Tiles(tile_m, 64, 4, 3, 1)
+        return Tiles(tile_m, 64, 8 if tile_m > 64 else 4, 3, 1)
     return Tiles(tile_m, 128, 4, 3, 1) if width > 64 else Tiles(tile_m, 128, 4, 3, 2)
 
 
@@ -201,7 +257,7 @@ def splits_for(programs: int, places: int, most: int) -> int:
         return waves / -(-programs * splits // places)
 
     best = max(map(full, range(1, most + 1)))
-    return next(splits for splits in range(1, most + 1) if full(splits) >= 0.9 * best)
+    return next(splits for splits in range(1, most + 1) if full(splits) >= 0.95 * best)
 
 
 @cache
@@ -227,3 +283,13 @@ def paged_key(
         sequences=sequences, heads=heads, rows=rows, keys=keys, page=page, width=width, itemsize=x.element_size(),
         descriptors=descriptors,
     )  # fmt: skip
+
+
+# What is compiled for them: tiles that were tuned for other code do not serve.
+SOURCES: Final[Mapping[str, tuple[str, ...]]] = {
+    "flash.few": tuple(f"longspan.backends.flash.decode_kernel:{name}" for name in ("few_kernel", "few_merge_kernel")),
+    "flash.paged": tuple(
+        f"longspan.backends.flash.paged_kernel:{name}" for name in ("paged_kernel", "paged_merge_kernel")
+    ),
+}
+TUNED: Final[Lookup[TileKey, Tiles]] = Lookup(asked, build, tiles_by_rule, SOURCES)

@@ -8,7 +8,7 @@ Shapes of tiles: M tokens, P planes, H heads, C columns copied.
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import torch
 import triton
@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .plan import Bound, planned
+from .rope_choices import choose_rope, power_of_two
 
 
 @triton.jit
@@ -222,48 +223,8 @@ def rotate_kernel(
         )
 
 
-class RopeChoice(NamedTuple):
-    """Launch parameters of the rotation.
-
-    Attributes:
-        tokens: Tokens of a program.
-        heads: Heads of a tile; a program walks over all of them, tile by tile.
-        split: Programs that share a token's heads out.
-        num_warps: Warps of a program.
-    """
-
-    tokens: int
-    heads: int
-    split: int
-    num_warps: int
-
-
-def choose_rope(tokens: int, heads: int, planes: int, itemsize: int, *, heads_inside: bool) -> RopeChoice:
-    """Pick launch parameters: what was fastest on an H200 at head dimension 128. They move bytes; little else counts.
-
-    A lane has two 16-byte loads of each half of a head on their way: one starves the memory pipe, four the registers.
-    A tile runs along memory: over heads where they lie inside a token, else over tokens. Where tokens are too few to
-    fill a GPU, programs share their heads out, and each makes the same cosines again.
-    """
-    if INTERPRETED:
-        return RopeChoice(16, 2, 1, 1)  # a tile costs the same whatever its size
-    warps = 2 if heads_inside else 1
-    rows = max(1, warps * 1024 // itemsize // power_of_two(planes))
-    block_h = min(rows, power_of_two(heads), 8 if heads_inside else 2)
-    block_m = rows // block_h
-    split = 1 if heads_inside else 2
-    split = min(-(-heads // block_h), max(split, -(-FILLED * block_m // tokens)))
-    return RopeChoice(block_m, block_h, split, warps)
-
-
-FILLED: Final = 1024  # programs that keep a large GPU busy
 # TRITON_INTERPRET=1 counts when kernels are defined, so that they, and no variable, say whether it did.
 INTERPRETED: Final = not isinstance(turns_of, triton.runtime.JITFunction)
-
-
-def power_of_two(n: int) -> int:
-    """Least power of two from n on; Triton's own costs a host ten times as much."""
-    return 1 << max(n - 1, 0).bit_length()
 
 
 def columns(planes: int, count: int) -> int:
