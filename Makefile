@@ -6,7 +6,7 @@ PIP_ARGS ?=
 ARGS ?=
 export PYTHON PIP_ARGS
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench wheel clean
+.PHONY: help demo test check bench compiled sanitize wheel clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' Makefile
@@ -32,6 +32,14 @@ bench: ## race the kernels beside installed peers on this machine's GPU, draw th
 	@tools/setup test
 	.venv/bin/python benchmarks/race.py $(ARGS)
 	.venv/bin/python benchmarks/plots.py
+
+compiled: ## compile the kernels for every GPU that they are for, without one, and write docs/compiled.md
+	@tools/setup test
+	.venv/bin/python tools/compiled
+
+sanitize: ## every kernel under compute-sanitizer, on a machine with a GPU and the CUDA toolkit
+	@tools/setup test
+	.venv/bin/python tools/sanitize
 
 wheel: ## an sdist and, from it, a wheel, in dist/
 	@tools/setup dev

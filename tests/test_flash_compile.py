@@ -1,74 +1,79 @@
-"""The attention kernels of `flash` compile for machines that are not here, and fit their shared memory."""
+"""Every kernel of `flash` compiles for machines that are not here, fits their shared memory, and is on record."""
 
+import json
 import os
+import re
 import subprocess
 import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-# The launches of every kernel, compiled for a machine that is not there; an aborting compiler kills a child.
-OFFLINE = """
-import sys, torch, triton
-from triton.backends.compiler import GPUTarget
-backend, arch, limit, *problems = sys.argv[1:]
-target = GPUTarget(backend, int(arch), 32) if backend == "cuda" else GPUTarget(backend, arch, 64)
-class Driver:
-    get_current_target = lambda self: target
-    get_current_device = lambda self: 0
-    get_current_stream = lambda self, device: 0
-    get_active_torch_device = lambda self: torch.device("cpu")
-triton.runtime.driver.set_active(Driver())
-from longspan.backends.flash import backward, forward, launch
-from longspan.backends.flash.lowering import lower
-from longspan.spec.masks import causal, documents, window
-compiled = []
-class Offline:
-    def __init__(self, kernel): self.kernel = kernel
-    def __getitem__(self, grid):
-        return lambda *args, **kwargs: compiled.append(self.kernel.warmup(*args, grid=grid, **kwargs))
-for module in (forward, backward):
-    for name in [name for name in vars(module) if name.endswith("_kernel")]:
-        setattr(module, name, Offline(getattr(module, name)))
-heads = lambda d, dtype: torch.zeros(1, 64, 2, d, dtype=dtype).transpose(1, 2)
-two = torch.zeros(2)
-PROBLEMS = {
-    "plain": (128, 128, torch.bfloat16, causal(), None, None, None),
-    "wide": (256, 256, torch.bfloat16, causal(), None, None, None),
-    "exact": (192, 128, torch.float32, causal(), None, None, None),
-    "rich": (80, 96, torch.float16, documents([30, 34]) & causal() & window(7, keep_first=3), two, two, 2.0),
-}
-for problem in problems:
-    d, e, dtype, mask, sink, alibi, softcap = PROBLEMS[problem]
-    q, v = heads(d, dtype), heads(e, dtype)
-    seen = lower(mask, 1, 64, 64, q_offset=None, k_offset=0, device=q.device)
-    call = launch.Call(sink, alibi, seen.rows, seen.sequences, tuple(seen.interval), 0.1, softcap, dtype)
-    out, lse = forward.forward(call, q, q, v)
-    backward.backward(call, q, q, v, out, lse, out, lse)
-for kernel in compiled:
-    assert kernel.asm["cubin" if backend == "cuda" else "hsaco"]
-    assert kernel.metadata.shared <= int(limit), f"{kernel.metadata.name} needs {kernel.metadata.shared} bytes"
-    print(kernel.metadata.name, kernel.metadata.shared)
-"""
-KIB = 1024
+from longspan.laws import offline
+from longspan.laws.kernels import kernels
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "compiled.md"
+from_sources = pytest.mark.skipif(not PAGE.exists(), reason="needs the sources")
 
 
-@pytest.mark.parametrize(
-    "target",
-    [
-        pytest.param(("cuda", 80, 99 * KIB, "rich"), id="sm_80"),  # with the shared memory of sm_86 and sm_89
-        pytest.param(("cuda", 90, 227 * KIB, "plain", "rich", "wide"), id="sm_90"),
-        pytest.param(("cuda", 100, 227 * KIB, "plain"), id="sm_100"),
-        pytest.param(("hip", "gfx942", 64 * KIB, "rich"), id="gfx942"),
-    ],
-)
-def test_every_attention_kernel_compiles_without_a_gpu_and_fits(target: tuple[str, int | str, int, str]) -> None:
-    problems = len(target) - 3
+def compiled(target: str) -> list[dict[str, Any]]:
+    """What a child, which interprets nothing, found out about every case of a target."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    child = subprocess.run(  # noqa: S603 - our own source
-        [sys.executable, "-c", OFFLINE, *map(str, target)],
-        env=environment, capture_output=True, text=True, timeout=600, check=False,
+    child = subprocess.run(  # noqa: S603 - our own module
+        [sys.executable, "-m", "longspan.laws.offline", target],
+        env=environment, capture_output=True, text=True, timeout=900, check=False,
     )  # fmt: skip
     assert child.returncode == 0, child.stderr[-2000:]
-    names = [line.split()[0] for line in child.stdout.splitlines()]
-    expected = ["backward_keys_kernel", "backward_queries_kernel", "forward_kernel", "prepare_kernel"]
-    assert sorted(names) == sorted(expected * problems)
+    return [json.loads(line) for line in child.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("target", offline.TARGETS)
+def test_every_kernel_compiles_without_a_gpu_and_fits(target: str) -> None:
+    found = compiled(target)
+    for one in found:
+        assert "ended" not in one, f"{one['kernel']} of {one['case']}: its compile ended with {one['ended']}"
+        assert one["shared"] <= offline.TARGETS[target].shared, f"{one['kernel']} of {one['case']}: {one}"
+    assert {one["kernel"] for one in found} == set(kernels()), "a kernel that no case of laws/kernel_cases.py launches"
+
+
+def test_a_compile_that_aborts_or_hangs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offline, "LONGEST", 0.2)
+    running, done = [], []
+    for kernel, act in (("aborts", os.abort), ("hangs", lambda: time.sleep(30))):
+        results = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by reap
+        process = os.fork()
+        if process == 0:
+            act()
+            os._exit(0)
+        running.append(offline.Compile(kernel, "case", process, results, time.monotonic()))
+    while running:
+        offline.reap(running, done)
+    assert sorted((one["kernel"], one["ended"]) for one in done) == [("aborts", -6), ("hangs", -9)]
+
+
+@from_sources
+def test_every_kernel_is_on_record_for_every_target() -> None:
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in PAGE.read_text("utf-8").splitlines()]
+    head = next(row for row in rows if row and row[0] == "kernel")
+    assert head[2:] == list(offline.TARGETS)
+    recorded = {
+        (row[0].strip("`"), target)
+        for row in rows
+        if len(row) == len(head)
+        for target, cell in zip(head[2:], row[2:], strict=True)
+        if re.fullmatch(r"\d+ · \d+ · [\d.]+", cell)
+    }
+    assert recorded == {(kernel, target) for kernel in kernels() for target in offline.TARGETS}, "run `make compiled`"
+
+
+@from_sources
+def test_readme_says_where_the_kernels_were_run_and_where_they_only_compile() -> None:
+    row = next(line for line in (ROOT / "README.md").read_text("utf-8").splitlines() if line.startswith("| `flash` |"))
+    ran, rest = re.search(r"run on ([^;|]*); only compiled for ([^;|]*)", row).groups()  # pyright: ignore[reportOptionalMemberAccess]
+    names = [re.findall(r"sm_\d+|gfx\d+", part) for part in (ran, rest)]
+    assert names[0] == ["sm_90"]
+    assert sorted(names[0] + names[1]) == sorted(offline.TARGETS)
