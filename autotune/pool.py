@@ -212,10 +212,12 @@ class Pool:
         """Bury a worker; its job is what it died of, or, if it never came up, the one that it was started for."""
         kill(process)
         self.processes.remove(process)
+        printed = self.printed(process)
+        process.printed.close()
         job = process.job if process.ready else self.waiting.popleft() if self.waiting else None
         if job is None:
             return None
-        return Outcome(job.tag, status, None, kind, message, time.monotonic() - process.since, self.printed(process))
+        return Outcome(job.tag, status, None, kind, message, time.monotonic() - process.since, printed)
 
     @staticmethod
     def printed(process: Process) -> str:
@@ -229,6 +231,7 @@ class Pool:
         self.waiting.clear()
         for process in self.processes:
             kill(process)
+            process.printed.close()
         self.processes.clear()
 
 
