@@ -9,12 +9,16 @@ dk = scale · dSᵀ Q, dv = Pᵀ dO.
 Shapes: M queries and N keys of a tile, D head and E value dimension padded to a power of two.
 """
 
+import math
+from typing import Any, Final
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .launch import INTERPRETED, LOG2_E, Call, describe, flags, padded, per_sequence, select, strides
+from .launch import ALIGNED, INTERPRETED, LOG2_E, Call, describe, flags, padded, per_sequence, select, strides
 from .plan import planned
 from .sight import sight
 from .tiles import (
@@ -30,11 +34,13 @@ from .tiles import (
     visible,
 )
 
+LINE: Final = ALIGNED // 4  # float32 numbers
+
 
 @planned
 @triton.jit
 def prepare_kernel(
-    out, d_out, lse, d_lse, lse_two, delta, o_b, o_h, o_m, h, m, e, rows,
+    out, d_out, lse, d_lse, lse_two, delta, o_b, o_h, o_m, h, m, e, rows, pitch,
     R: tl.constexpr, E: tl.constexpr, D_LSE: tl.constexpr,
 ):  # fmt: skip
     """Write delta and the log-sum-exp over ln 2, the latter +inf for rows without keys, whose weights are then 0."""
@@ -50,6 +56,7 @@ def prepare_kernel(
     if D_LSE:
         flow -= tl.load(d_lse + line, mask=exists, other=0.0)
     log_sum = tl.load(lse + line, mask=exists, other=0.0) * 1.4426950408889634
+    line = head * pitch + line % m
     tl.store(delta + line, flow, mask=exists)
     tl.store(lse_two + line, tl.where(log_sum == -float("inf"), float("inf"), log_sum), mask=exists)
 
@@ -65,22 +72,27 @@ def capped_slope(score, outer):
 def absorb_queries(
     dk, dv, key, value, q, d_out, lse_two, delta, alibi, start, batch, head, h, m, d, e, j,
     q_b, q_h, q_m, o_b, o_h, o_m, alibi_b, scale, inner, outer,
-    low, high, stop, position, keep, rows, rows_size, sequences,
+    low, high, stop, position, keep, rows, rows_size, sequences, pitch,
     CUT: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
     WHOLE_D: tl.constexpr, WHOLE_E: tl.constexpr, ROWS: tl.constexpr, EACH: tl.constexpr, KEEP: tl.constexpr,
     SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, NEGATIVE: tl.constexpr, DEAD: tl.constexpr,
-    DESCRIPTOR: tl.constexpr, FAR: tl.constexpr, INTERPRET: tl.constexpr,
+    DESCRIPTOR: tl.constexpr, LINES: tl.constexpr, FAR: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Add what one tile of queries sends to a tile of keys."""
     query = load_tile(q, batch, head, start, m, d, q_b, q_h, q_m, M, D, WHOLE_D, CUT, DESCRIPTOR, FAR)  # [M, D]
     i = start + tl.arange(0, M)
-    line = (batch * h + head).to(tl.int64) * m + i
-    if CUT:
-        log_sum = tl.load(lse_two + line, mask=i < m, other=float("inf"))
-        flow = tl.load(delta + line, mask=i < m, other=0.0)
+    if LINES:
+        # Every lane needs a quarter of these numbers, and would fetch them one by one.
+        log_sum = lse_two.load([batch * h + head, start]).reshape([M])
+        flow = delta.load([batch * h + head, start]).reshape([M])
     else:
-        log_sum = tl.load(lse_two + line)
-        flow = tl.load(delta + line)
+        line = (batch * h + head).to(tl.int64) * pitch + i
+        if CUT:
+            log_sum = tl.load(lse_two + line, mask=i < m, other=float("inf"))
+            flow = tl.load(delta + line, mask=i < m, other=0.0)
+        else:
+            log_sum = tl.load(lse_two + line)
+            flow = tl.load(delta + line)
     score = product(key, tl.trans(query), N, M, INTERPRET)  # [N, M]
     if NEGATIVE:
         score = -score
@@ -113,16 +125,28 @@ def absorb_queries(
 
 @planned
 @triton.jit(
-    do_not_specialize=["m", "n", "low", "high", "stop", "position", "keep", "rows_size", "alibi_b", "key_tiles"]
+    do_not_specialize=[
+        "m",
+        "n",
+        "low",
+        "high",
+        "stop",
+        "position",
+        "keep",
+        "rows_size",
+        "alibi_b",
+        "key_tiles",
+        "pitch",
+    ]
 )
 def backward_keys_kernel(
     q, k, v, d_out, dk, dv, lse_two, delta, alibi, rows, sequences, seers,
     q_b, q_h, q_m, k_b, k_h, k_n, v_b, v_h, v_n, o_b, o_h, o_m, alibi_b,
-    h, group, m, n, d, e, low, high, stop, position, keep, rows_size, scale, inner, outer, full_scale, key_tiles,
+    h, group, m, n, d, e, low, high, stop, position, keep, rows_size, scale, inner, outer, full_scale, key_tiles, pitch,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
     WHOLE_D: tl.constexpr, WHOLE_E: tl.constexpr, ROWS: tl.constexpr, EACH: tl.constexpr, KEEP: tl.constexpr,
     SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, NEGATIVE: tl.constexpr, DEAD: tl.constexpr,
-    DESCRIPTOR: tl.constexpr, FAR: tl.constexpr, INTERPRET: tl.constexpr,
+    DESCRIPTOR: tl.constexpr, LINES: tl.constexpr, FAR: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Sum dk and dv of one tile of keys over all queries, of all heads of its group, that see it."""
     pid = tl.program_id(0)
@@ -168,9 +192,9 @@ def backward_keys_kernel(
             dk_sum, dv_sum, key, value, q, d_out, lse_two, delta, alibi,
             full_low + (t % full) * M, batch, key_head * group + t // full, h, m, d, e, j,
             q_b, q_h, q_m, o_b, o_h, o_m, alibi_b, scale, inner, outer,
-            low, high, stop, position, keep, rows, rows_size, sequences,
+            low, high, stop, position, keep, rows, rows_size, sequences, pitch,
             False, M, N, D, E, WHOLE_D, WHOLE_E, ROWS, EACH, KEEP, SOFTCAP, ALIBI, NEGATIVE, DEAD,
-            DESCRIPTOR, FAR, INTERPRET,
+            DESCRIPTOR, LINES, FAR, INTERPRET,
         )  # fmt: skip
     cut = heads + left + right
     for t in tl.range(0, cut * group):
@@ -178,9 +202,9 @@ def backward_keys_kernel(
             dk_sum, dv_sum, key, value, q, d_out, lse_two, delta, alibi,
             cut_start(t % cut, head_low, heads, first, left, full_high, M), batch, key_head * group + t // cut,
             h, m, d, e, j, q_b, q_h, q_m, o_b, o_h, o_m, alibi_b, scale, inner, outer,
-            low, high, stop, position, keep, rows, rows_size, sequences,
+            low, high, stop, position, keep, rows, rows_size, sequences, pitch,
             True, M, N, D, E, WHOLE_D, WHOLE_E, ROWS, EACH, KEEP, SOFTCAP, ALIBI, NEGATIVE, DEAD,
-            DESCRIPTOR, FAR, INTERPRET,
+            DESCRIPTOR, LINES, FAR, INTERPRET,
         )  # fmt: skip
     line = ((batch * key_heads + key_head).to(tl.int64) * n + j)[:, None]
     wide = tl.arange(0, D)[None, :]
@@ -224,11 +248,11 @@ def absorb_keys(
 
 
 @planned
-@triton.jit(do_not_specialize=["m", "n", "low", "high", "stop", "position", "keep", "rows_size", "alibi_b"])
+@triton.jit(do_not_specialize=["m", "n", "low", "high", "stop", "position", "keep", "rows_size", "alibi_b", "pitch"])
 def backward_queries_kernel(
     q, k, v, d_out, dq, lse_two, delta, alibi, rows, sequences,
     q_b, q_h, q_m, k_b, k_h, k_n, v_b, v_h, v_n, o_b, o_h, o_m, alibi_b,
-    h, group, m, n, d, e, low, high, stop, position, keep, rows_size, scale, inner, outer, full_scale,
+    h, group, m, n, d, e, low, high, stop, position, keep, rows_size, scale, inner, outer, full_scale, pitch,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
     WHOLE_D: tl.constexpr, WHOLE_E: tl.constexpr, ROWS: tl.constexpr, EACH: tl.constexpr, KEEP: tl.constexpr,
     SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, NEGATIVE: tl.constexpr, DEAD: tl.constexpr,
@@ -260,7 +284,7 @@ def backward_queries_kernel(
     if ALIBI:
         slope = tl.load(alibi + batch * alibi_b + head).to(tl.float32) * 1.4426950408889634
         stands = load_position(i, m, batch, position, rows, rows_size, sequences, ROWS, EACH)
-    line = (batch * h + head).to(tl.int64) * m + i
+    line = (batch * h + head).to(tl.int64) * pitch + i
     log_sum = tl.load(lse_two + line, mask=exists, other=float("inf"))
     flow = tl.load(delta + line, mask=exists, other=0.0)
     query = load_tile(q, batch, head, row, m, d, q_b, q_h, q_m, M, D, WHOLE_D, True, DESCRIPTOR, FAR)
@@ -280,7 +304,7 @@ def backward_queries_kernel(
             True, M, N, D, E, WHOLE_D, WHOLE_E, SOFTCAP, ALIBI, NEGATIVE, KEEP, DEAD, DESCRIPTOR, FAR, INTERPRET,
         )  # fmt: skip
     wide = tl.arange(0, D)[None, :]
-    at = dq + line[:, None] * d + wide
+    at = dq + ((batch * h + head).to(tl.int64) * m + i)[:, None] * d + wide
     tl.store(at, (dq_sum * full_scale).to(dq.dtype.element_ty), mask=exists[:, None] & (wide < d))
 
 
@@ -289,22 +313,23 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Launch the backward kernels.
 
-    Beside the gradients it allocates two float32 numbers a row, and a copy of ``d_out`` if that is of another dtype
-    than v or has no unit last stride.
+    Beside the gradients it allocates two float32 numbers a row (six more a head at most), and a copy of ``d_out`` if
+    that is of another dtype than v or has no unit last stride.
 
     Returns:
         Gradients of q, k and v, contiguous, and of the sinks by sequence, ``[b, h]``, or ``[b, 0]`` without sinks.
     """
     b, h, m, e = out.shape
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-    lse_two, delta = lse.new_empty(2, b, h, m)
+    # Rows that the copy engine can address: each begins at a multiple of 16 bytes.
+    lse_two, delta = lse.new_empty(2, b, h, LINE * math.ceil(m / LINE))[..., :m]
     d_out = d_out.to(v.dtype)
     d_out = d_out if d_out.stride(3) == 1 else d_out.contiguous()
     d_lse = None if d_lse is None else d_lse.contiguous()
     if out.numel():
         tall = 64 if INTERPRETED else 16
         prepare_kernel[(triton.cdiv(b * h * m, tall),)](
-            out, d_out, lse, d_lse, lse_two, delta, *strides(d_out), h, m, e, b * h * m,
+            out, d_out, lse, d_lse, lse_two, delta, *strides(d_out), h, m, e, b * h * m, lse_two.stride(1),
             R=tall, E=padded(e), D_LSE=d_lse is not None,
         )  # fmt: skip
     if dq.numel():
@@ -328,7 +353,8 @@ def launch_queries(
     backward_queries_kernel[(triton.cdiv(m, tall) * h * b,)](
         describe(q, tall, choice), describe(k, wide, choice), describe(v, wide, choice), describe(d_out, tall, choice),
         dq, lse_two, delta, call.alibi, call.rows, call.sequences, *strides(q, k, v, d_out), per_sequence(call.alibi),
-        h, h // g, m, n, d, e, *call.interval, b * m, *call.factors, call.scale, **flags(call, choice, q, k, v, d_out),
+        h, h // g, m, n, d, e, *call.interval, b * m, *call.factors, call.scale, lse_two.stride(1),
+        **flags(call, choice, q, k, v, d_out),
     )  # fmt: skip
 
 
@@ -341,10 +367,15 @@ def launch_keys(
     tall, wide = choice.tile_m, choice.tile_n
     tiles = triton.cdiv(n, wide)
     seers = None if call.rows is None else sight(call.rows, call.interval[4], n, wide)
+    lines = choice.descriptors and lse_two.stride(1) % LINE == 0
+
+    def described(x: Tensor) -> Any:
+        return TensorDescriptor(x, [b * h, m], [x.stride(1), 1], [1, tall]) if lines else x
+
     backward_keys_kernel[(tiles * g * b,)](
         describe(q, tall, choice), describe(k, wide, choice), describe(v, wide, choice), describe(d_out, tall, choice),
-        dk, dv, lse_two, delta, call.alibi, call.rows, call.sequences, seers,
+        dk, dv, described(lse_two), described(delta), call.alibi, call.rows, call.sequences, seers,
         *strides(q, k, v, d_out), per_sequence(call.alibi),
         h, h // g, m, n, d, e, *call.interval, b * m, *call.factors, call.scale, tiles,
-        **flags(call, choice, q, k, v, d_out),
+        lse_two.stride(1), LINES=lines, **flags(call, choice, q, k, v, d_out),
     )  # fmt: skip
