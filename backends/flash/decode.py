@@ -4,28 +4,31 @@
 Shapes: b batch, h query heads, g key heads, m queries, n keys, d head dimension, e value dimension.
 """
 
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from .decode_choices import FewChoice, choose_few, few_key
 from .decode_kernel import few_kernel, few_merge_kernel
 from .launch import INTERPRETED, Call, all_seen, describable, describe, padded, per_sequence, strides
+from .plan import Bound
 
 WIDEST: Final = 256  # of a head whose row is held whole
 WIDEST_KEY: Final = 1024  # of a head in two pieces, the first a power of two
 WIDEST_VALUE: Final = 512
-FEW: Final = 7 if INTERPRETED else 32  # queries; interpreted, the other kernels shall have their share of the problems
+FEW: Final = 32  # queries
+FEW_INTERPRETED: Final = 7  # so that the other kernels, too, have their share of the laws' small problems
 ROWS: Final = 128  # queries times the heads that share a key head: two row tiles, which read every key twice
 
 
 def few(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether the queries are so few that the keys are split over programs; from shapes alone."""
     (_, h, m, d), (_, g, n, _), e = q.shape, k.shape, v.shape[3]
-    if INTERPRETED or max(d, e) > WIDEST:
+    if max(d, e) > WIDEST:
         return m <= FEW and fits(d, e)
+    if INTERPRETED:
+        return m <= FEW_INTERPRETED
     return m <= FEW and m * h <= ROWS * g and n >= 4 * m
 
 
@@ -86,19 +89,66 @@ def forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor
     if splits > 1:
         parts = q.new_empty(b * h * m * splits, e, dtype=torch.float32)
         logs = q.new_empty(b * h * m * splits, dtype=torch.float32)
-    few_kernel[(b * g * triton.cdiv(m * h // g, choice.tile_m) * splits,)](
+    attended = few_kernel[(b * g * -(-(m * h // g) // choice.tile_m) * splits,)](
         q, describe(k, choice.tile_n, choice), describe(v, choice.tile_n, choice), out, lse, parts, logs,
         call.sink, call.alibi, call.rows, call.sequences, *strides(q, k, v),
         per_sequence(call.sink), per_sequence(call.alibi),
         h, h // g, m, n, d, e, *call.interval, b * m, *call.factors, splits,
         **flags_of(call, choice, q, k, v),
     )  # fmt: skip
+    merged = None
     if splits > 1:
-        few_merge_kernel[(b * h * m,)](
+        merged = few_merge_kernel[(b * h * m,)](
             parts, logs, call.sink, out, lse, per_sequence(call.sink), h, m, e, splits,
             **merge_flags(splits, e, choice.early), SINK=call.sink is not None,
         )  # fmt: skip
+    if attended is not None and (splits == 1 or merged is not None) and call.rows is None and call.sequences is None:
+        empty = out.new_empty(0), lse.new_empty(0)
+        call.keep(Repeated(attended, merged, *empty, (b, h, m, e), splits, alike(k, v)))
     return out, lse
+
+
+class Repeated(NamedTuple):
+    """Launches of few queries, to be repeated on other tensors; see `launch.Again`.
+
+    Attributes:
+        attended: The launch over the keys.
+        merged: The launch that merges; None where keys are not split.
+        out: An empty tensor of the dtype and device of ``out``.
+        lse: The same of ``lse``.
+        shape: Shape of ``out``.
+        splits: Programs that share the keys of a row tile.
+        shared: Whether values were the first columns of the keys, for which another kernel is compiled.
+    """
+
+    attended: Bound
+    merged: Bound | None
+    out: Tensor
+    lse: Tensor
+    shape: tuple[int, int, int, int]
+    splits: int
+    shared: bool
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, alibi: Tensor | None
+    ) -> tuple[Tensor, Tensor] | None:
+        """Launch on new results, and a new workspace."""
+        if alike(k, v) != self.shared:
+            return None
+        out, lse = self.out.new_empty(self.shape), self.lse.new_empty(self.shape[:3])
+        of_sink, of_out, of_lse = 0 if sink is None else sink.data_ptr(), out.data_ptr(), lse.data_ptr()
+        of_parts, of_logs = of_out, of_lse
+        if self.merged is not None:
+            rows = lse.numel() * self.splits
+            parts, logs = self.lse.new_empty(rows * self.shape[3]), self.lse.new_empty(rows)
+            of_parts, of_logs = parts.data_ptr(), logs.data_ptr()
+        launched = self.attended(
+            q.data_ptr(), k.data_ptr(), v.data_ptr(), of_out, of_lse, of_parts, of_logs,
+            of_sink, 0 if alibi is None else alibi.data_ptr(), 0, 0,
+        )  # fmt: skip
+        if launched and self.merged is not None:
+            launched = self.merged(of_parts, of_logs, of_sink, of_out, of_lse)
+        return (out, lse) if launched else None
 
 
 def merge_flags(splits: int, e: int, early: bool) -> dict[str, Any]:

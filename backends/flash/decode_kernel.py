@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from .plan import planned
 from .tiles import base_two, cut_start, load_base, load_interval, load_position, load_tile, multiply, split, visible
 
 
@@ -112,9 +113,13 @@ def finish(acc, total, peak):
     return acc / whole[:, None], log_sum
 
 
+@planned
 @triton.jit(
-    do_not_specialize=["m", "n", "low", "high", "stop", "position", "keep", "rows_size", "sink_b", "alibi_b", "splits"]
-)
+    do_not_specialize=[
+        "m", "n", "low", "high", "stop", "position", "keep", "rows_size", "sink_b", "alibi_b", "splits",
+    ],
+    do_not_specialize_on_alignment=["sink", "alibi", "sequences"],
+)  # fmt: skip
 def few_kernel(  # noqa: C901, PLR0915 - a flag is compiled away
     q, k, v, out, lse, parts, logs, sink, alibi, rows, sequences,
     q_b, q_h, q_m, k_b, k_h, k_n, v_b, v_h, v_n, sink_b, alibi_b,
@@ -267,7 +272,8 @@ def merge_parts(
     tl.store(out + line * e + across, (mean / total).to(out.dtype.element_ty), mask=across < e)
 
 
-@triton.jit(do_not_specialize=["m", "sink_b", "splits"])
+@planned
+@triton.jit(do_not_specialize=["m", "sink_b", "splits"], do_not_specialize_on_alignment=["sink"])
 def few_merge_kernel(
     parts, logs, sink, out, lse, sink_b, h, m, e, splits,
     S: tl.constexpr, BLOCK: tl.constexpr, E: tl.constexpr, SINK: tl.constexpr, WAIT: tl.constexpr,

@@ -5,6 +5,7 @@ Shapes: tokens of all sequences' queries together, b sequences, h query heads, g
 """
 
 import math
+from collections.abc import Hashable
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -15,15 +16,17 @@ from longspan.spec.checks import check_attention, check_lengths, check_pages, ch
 from longspan.spec.masks import Causal, Chunks, Mask, Prefix, Window, check_join, check_mask, documents, everything
 from longspan.spec.paged import gather
 
-from .attention import DTYPES, LONGEST, contiguous, one_batch
+from .attention import DTYPES, LONGEST, contiguous, layout, one_batch
 from .decode import WIDEST, alike, fits, merge_flags, pieces
 from .decode_choices import PagedChoice, choose_paged, paged_key
 from .launch import INTERPRETED, Call, describable, describe, padded, quiet
 from .paged_kernel import paged_kernel, paged_merge_kernel
+from .plan import Bound, memory, recall, remember
 from .rope import serve
-from .rope_function import PLAIN, transformed
+from .rope_function import PLAIN, transformed, watched
 from .rope_kernel import on
 
+REPEATED: Final[dict[Any, "Repeated"]] = memory()  # what `asked` returns, to how it was launched
 FARTHEST: Final = 2**30  # tokens: positions and their differences stay inside int32
 
 
@@ -109,8 +112,15 @@ def attention_paged(
         ValueError: For what means nothing, as the specification.
         Unsupported: For what `declines_attention_paged` names.
     """
+    given = (q, q_lengths, k_pages, v_pages, table, lengths)
+    key = asked(given, mask, scale, softcap, sink, alibi, out_dtype)
+    if key is not None and (again := recall(REPEATED, key)) is not None:
+        with on(q.device):
+            state = again(*given, contiguous(sink), contiguous(alibi))
+        if state is not None:
+            return AttentionState(*state)
     reason = declines_attention_paged(
-        q, q_lengths, k_pages, v_pages, table, lengths, mask=mask, scale=scale, softcap=softcap, sink=sink,
+        *given, mask=mask, scale=scale, softcap=softcap, sink=sink,
         alibi=alibi, out_dtype=out_dtype, deterministic=deterministic,
     )  # fmt: skip
     serve(reason)
@@ -121,8 +131,22 @@ def attention_paged(
         1 / math.sqrt(q.shape[2]) if scale is None else float(scale), None if softcap is None else float(softcap),
         q.dtype if out_dtype is None else out_dtype,
     )  # fmt: skip
-    record = torch.compiler.is_compiling() or type(q) not in PLAIN
-    return AttentionState(*(torch.ops.longspan.flash_attention_paged(*rest) if record else launch(*rest)))
+    if torch.compiler.is_compiling() or type(q) not in PLAIN:
+        return AttentionState(*torch.ops.longspan.flash_attention_paged(*rest))
+    out, lse, again = run(*rest)
+    if again is not None:
+        remember(REPEATED, key, again)
+    return AttentionState(out, lse)
+
+
+def asked(
+    given: tuple[Tensor, ...], mask: Mask, scale: float | None, softcap: float | None, sink: Tensor | None,
+    alibi: Tensor | None, out_dtype: torch.dtype | None,
+) -> tuple[Hashable, ...] | None:  # fmt: skip
+    """All of a call but the contents and addresses of its tensors; None if it is watched, see `attention.asked`."""
+    if type(mask) is not Mask or watched(*given, *(x for x in (sink, alibi) if x is not None)):
+        return None
+    return (*map(layout, given), mask.terms, scale, softcap, layout(sink), layout(alibi), out_dtype)
 
 
 def declines_attention_paged(
@@ -157,14 +181,15 @@ def declines_attention_paged(
         return f"flash.attention_paged computes in float32 and serves fp16, bf16 and fp32, got {q.dtype}"
     if out_dtype is not None and out_dtype not in DTYPES:
         return f"flash.attention_paged returns fp16, bf16 or fp32, got out_dtype {out_dtype}"
-    if not INTERPRETED and q.device.type != "cuda":
-        return f"flash.attention_paged runs on a GPU, or on a CPU under TRITON_INTERPRET=1, got tensors on {q.device}"
-    return declines_pool(q, k_pages, v_pages, table)
+    several = "flash.attention_paged serves at most two terms of chunks in one mask"
+    return several if len(mask.of(Chunks)) > 2 else declines_pool(q, k_pages, v_pages, table)
 
 
 def declines_pool(q: Tensor, k_pages: Tensor, v_pages: Tensor, table: Tensor) -> str | None:
     """Say why the kernel cannot read the queries or the pools, or None."""
     d, e = q.shape[2], v_pages.shape[3]
+    if not INTERPRETED and q.device.type != "cuda":
+        return f"flash.attention_paged runs on a GPU, or on a CPU under TRITON_INTERPRET=1, got tensors on {q.device}"
     if d % 8 or e % 8 or not fits(d, e):
         return f"flash.attention_paged serves head dimensions in steps of 8 up to 1024, values 512, got {d} and {e}"
     for name, x in (("q", q), ("k_pages", k_pages), ("v_pages", v_pages)):
@@ -178,12 +203,17 @@ def declines_pool(q: Tensor, k_pages: Tensor, v_pages: Tensor, table: Tensor) ->
     return None
 
 
-def launch(
+def launch(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """Run the kernels on what the operator takes."""
+    return run(*arguments)[:2]
+
+
+def run(
     q: Tensor, q_lengths: Tensor, k_pages: Tensor, v_pages: Tensor, table: Tensor, lengths: Tensor,
     sink: Tensor | None, alibi: Tensor | None, sees: list[int], scale: float, softcap: float | None,
     out_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Launch the kernel and, where keys may have been split, the one that merges.
+) -> tuple[Tensor, Tensor, "Repeated | None"]:  # fmt: skip
+    """Launch the kernel and, where keys may have been split, the one that merges; say how to do it again.
 
     The workspace is at most ``2 · wanted · g · tile_m`` rows of parts, in float32, whatever the lengths are.
     """
@@ -193,37 +223,76 @@ def launch(
     out = q.new_empty(tokens, h, e, dtype=out_dtype)
     lse = q.new_empty(tokens, h, dtype=torch.float32)
     if out.numel() == 0:
-        return out, lse
+        return out, lse, None
     seen, group, capacity = Sight(*sees[:4], tuple(sees[4:])), h // g, table.shape[1] * page
     described = d <= WIDEST and describable(k_pages) and describable(v_pages)
     choice = choose_paged(paged_key(q, b, g, tokens * group, capacity, page, max(d, e), described))
-    reach = min(seen.reach + choice.tile_m // group + 2 * choice.tile_n, FARTHEST)
     tiles = -(-tokens * group // choice.tile_m) + min(b, tokens) + 1
-    shape = (reach, capacity, choice.wanted, choice.least)
+    reach = min(seen.reach + choice.tile_m // group + 2 * choice.tile_n, FARTHEST)
+    work = (reach, capacity, choice.wanted, choice.least)
     rows = 2 * choice.wanted * g * choice.tile_m if choice.wanted > 1 else 0
-    parts = q.new_empty(rows, e, dtype=torch.float32)
-    logs = q.new_empty(rows, dtype=torch.float32)
+    parts, logs = lse.new_empty(rows, e), lse.new_empty(rows)
     call = Call(sink, alibi, None, None, (0, 0, 0, 0, 0), scale, softcap, out_dtype)
-    power = max(16, 1 << b.bit_length())
-    early = choice.early
+    power, merged = max(16, 1 << b.bit_length()), None
     with on(q.device), quiet():
-        paged_kernel[((choice.wanted + tiles) * g,)](
+        attended = paged_kernel[((choice.wanted + tiles) * g,)](
             q, q_lengths, describe(k_pages, choice.tile_n, choice), describe(v_pages, choice.tile_n, choice),
             table, lengths, out, lse, parts, logs, sink, alibi,
             *q.stride()[:2], q_lengths.stride(0), *k_pages.stride()[:3], *v_pages.stride()[:3], *table.stride(),
             lengths.stride(0), b, tokens, h, group, d, e, seen.low, seen.high, seen.prefix, seen.keep,
-            seen.chunks or (FARTHEST,), *call.factors, *shape,
-            SINK=sink is not None, B=power, EARLY=early,
-            **flags_of(call, seen, choice, k_pages, v_pages),
+            *(*seen.chunks, FARTHEST, FARTHEST)[:2], *call.factors, *work,
+            SINK=sink is not None, B=power, EARLY=choice.early, **flags_of(call, seen, choice, k_pages, v_pages),
         )  # fmt: skip
-        if choice.wanted > 1:
-            paged_merge_kernel[(min(choice.wanted, tiles) * g * choice.tile_m,)](
+        if rows:
+            merged = paged_merge_kernel[(min(choice.wanted, tiles) * g * choice.tile_m,)](
                 q_lengths, lengths, parts, logs, sink, out, lse, q_lengths.stride(0), lengths.stride(0),
-                b, tokens, h, group, e, *shape,
+                b, tokens, h, group, e, *work,
                 B=power, M=choice.tile_m, N=choice.tile_n, SINK=sink is not None,
-                **merge_flags(choice.wanted, e, early),
+                **merge_flags(choice.wanted, e, choice.early),
             )  # fmt: skip
-    return out, lse
+    if attended is None or (rows and merged is None):
+        return out, lse, None
+    return (
+        out,
+        lse,
+        Repeated(attended, merged, out.new_empty(0), lse.new_empty(0), out.shape, rows, alike(k_pages, v_pages)),
+    )
+
+
+class Repeated(NamedTuple):
+    """Launches on a paged cache, to be repeated on other tensors of the same layout.
+
+    Attributes:
+        attended: The launch over the keys.
+        merged: The launch that merges; None where keys are not split.
+        out: An empty tensor of the dtype and device of ``out``.
+        lse: The same of ``lse``.
+        shape: Shape of ``out``.
+        rows: Rows of the workspace.
+        shared: Whether values were the first columns of the keys, for which another kernel is compiled.
+    """
+
+    attended: Bound
+    merged: Bound | None
+    out: Tensor
+    lse: Tensor
+    shape: torch.Size
+    rows: int
+    shared: bool
+
+    def __call__(self, *given: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        """Launch on new results, and a new workspace; None if these tensors want another kernel."""
+        if alike(given[2], given[3]) != self.shared:
+            return None
+        out, lse = self.out.new_empty(self.shape), self.lse.new_empty(self.shape[:2])
+        parts, logs = self.lse.new_empty(self.rows, self.shape[2]), self.lse.new_empty(self.rows)
+        results = out.data_ptr(), lse.data_ptr()
+        space = parts.data_ptr(), logs.data_ptr()
+        of = [0 if x is None else x.data_ptr() for x in given]
+        launched = self.attended(*of[:6], *results, *space, *of[6:])
+        if launched and self.merged is not None:
+            launched = self.merged(of[1], of[5], *space, of[6], *results)
+        return (out, lse) if launched else None
 
 
 def flags_of(call: Call, seen: Sight, choice: PagedChoice, k_pages: Tensor, v_pages: Tensor) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .decode_kernel import add_sink_score, finish, fold_tile, load_query, merge_parts, share, tiles_of
+from .plan import planned
 from .tiles import cut_start
 
 
@@ -36,9 +37,19 @@ def plan(
     tiles = tl.cdiv(count * group, M)
     cost = tl.cdiv(tl.minimum(tl.minimum(tl.maximum(keys, 0), capacity), reach), N)
     whole = tl.sum(tiles.to(tl.int64) * cost, 0)
-    size = tl.maximum(tl.cdiv(whole, wanted), least).to(tl.int32)
-    parts = tl.maximum(tl.cdiv(cost, size), 1)
-    return start, tiles, parts
+    size = tl.maximum(tl.cdiv(whole, wanted), least)
+    parts, waves = cut_keys(tiles, cost, size, wanted)
+    # Rounded up sequence by sequence, that may just exceed a wave, which fewer and larger parts would fill.
+    larger, larger_waves = cut_keys(tiles, cost, size * tl.cdiv(tl.sum(tiles.to(tl.int64) * parts, 0), wanted), wanted)
+    return start, tiles, tl.where(larger_waves < waves, larger, parts)
+
+
+@triton.jit
+def cut_keys(tiles, cost, size, wanted):
+    """Cut ``cost`` key tiles [B] into parts of at most ``size``, and say for how many key tiles' time that takes."""
+    parts = tl.maximum(tl.cdiv(cost, size), 1).to(tl.int32)
+    longest = tl.max(tl.where(tiles > 0, tl.cdiv(cost, parts), 0), 0)
+    return parts, tl.cdiv(tl.sum(tiles.to(tl.int64) * parts, 0), wanted) * longest
 
 
 @triton.jit
@@ -56,17 +67,24 @@ def element(x, index, B: tl.constexpr):
 
 
 @triton.jit
-def sees(stands, length, low, high, prefix, chunks, PREFIX: tl.constexpr, CHUNKS: tl.constexpr):
+def sees(stands, length, low, high, prefix, chunk, other, PREFIX: tl.constexpr, CHUNKS: tl.constexpr):
     """First and last key of queries that stand at some positions of their sequence: [M], [M]."""
     first = tl.maximum(stands + low, 0)
     last = tl.minimum(stands + high, length)
     if PREFIX:
         last = tl.minimum(last, tl.maximum(stands + 1, prefix))
-    for chunk in tl.static_range(CHUNKS):
-        begin = tl.maximum(stands, 0) // chunks[chunk] * chunks[chunk]
-        first = tl.maximum(first, begin)
-        last = tl.where(stands < 0, 0, tl.minimum(last, begin + chunks[chunk]))
+    if CHUNKS > 0:
+        first, last = within(stands, first, last, chunk)
+    if CHUNKS > 1:
+        first, last = within(stands, first, last, other)
     return first, last
+
+
+@triton.jit
+def within(stands, first, last, size):
+    """Keep to the chunk in which a query stands."""
+    begin = tl.maximum(stands, 0) // size * size
+    return tl.maximum(first, begin), tl.where(stands < 0, 0, tl.minimum(last, begin + size))
 
 
 @triton.jit
@@ -118,15 +136,19 @@ def load_paged(
     return tile
 
 
+@planned
 @triton.jit(
     do_not_specialize=[
-        "sink_b", "b", "tokens", "low", "high", "prefix", "keep", "reach", "capacity", "wanted", "least",
-    ]
+        "sink_b", "b", "tokens", "low", "high", "prefix", "keep", "chunk", "other", "reach", "capacity", "wanted",
+        "least",
+    ],
+    do_not_specialize_on_alignment=["q_lengths", "table", "lengths", "sink", "alibi"],
 )  # fmt: skip
 def paged_kernel(  # noqa: C901, PLR0915 - a flag is compiled away
     q, q_lengths, k, v, table, lengths, out, lse, parts, logs, sink, alibi,
     q_t, q_h, q_lengths_s, k_p, k_h, k_n, v_p, v_h, v_n, table_b, table_t, lengths_s,
-    b, tokens, h, group, d, e, low, high, prefix, keep, chunks, scale, inner, outer, reach, capacity, wanted, least,
+    b, tokens, h, group, d, e, low, high, prefix, keep, chunk, other, scale, inner, outer,
+    reach, capacity, wanted, least,
     B: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, D2: tl.constexpr, E: tl.constexpr,
     WHOLE_D: tl.constexpr, WHOLE_D2: tl.constexpr, WHOLE_E: tl.constexpr, PAGE: tl.constexpr,
     PREFIX: tl.constexpr, CHUNKS: tl.constexpr, KEEP: tl.constexpr, SOFTCAP: tl.constexpr, SINK: tl.constexpr,
@@ -161,7 +183,7 @@ def paged_kernel(  # noqa: C901, PLR0915 - a flag is compiled away
     head = key_head * group + row % group
     exists = (i < queries) & (start + i < tokens)
     stands = length - queries + i
-    first, last = sees(stands, length, low, high, prefix, chunks, PREFIX, CHUNKS)
+    first, last = sees(stands, length, low, high, prefix, chunk, other, PREFIX, CHUNKS)
     last = tl.where(exists, last, 0)
     base = row * 0
     begin_cut, left, full_low, full, full_high, right, head_low, heads = tiles_of(
@@ -261,7 +283,11 @@ def paged_kernel(  # noqa: C901, PLR0915 - a flag is compiled away
         tl.store(out + line[:, None] * e + across[None, :], mean.to(out.dtype.element_ty), mask=there)
 
 
-@triton.jit(do_not_specialize=["b", "tokens", "reach", "capacity", "wanted", "least"])
+@planned
+@triton.jit(
+    do_not_specialize=["b", "tokens", "reach", "capacity", "wanted", "least"],
+    do_not_specialize_on_alignment=["q_lengths", "lengths", "sink"],
+)
 def paged_merge_kernel(
     q_lengths, lengths, parts, logs, sink, out, lse, q_lengths_s, lengths_s,
     b, tokens, h, group, e, reach, capacity, wanted, least,
