@@ -13,6 +13,7 @@ from longspan.backends import OPERATIONS, Backend, eager
 from . import mutant_attention as wrong
 from . import mutant_caches as caches
 from . import mutant_masks as seen
+from . import mutant_pages as paged
 from . import mutant_rotation as turned
 from . import mutant_sizes as sized
 
@@ -92,6 +93,22 @@ MUTANTS: Final = (
     mutant("ragged_gradients_are_exact", "attention_varlen", caches.varlen_is_one_sequence),
     mutant("pages_are_gathered_keys", "attention_paged", caches.pages_in_storage_order),
     mutant("pages_are_gathered_keys", "attention_paged", caches.last_page_read_to_its_end),
+    mutant("ragged_batches_are_separate_sequences", "attention_varlen", paged.int64_lengths_misread),
+    mutant("ragged_batches_are_separate_sequences", "attention_varlen", paged.packed_keys_read_in_a_row),
+    mutant("ragged_batches_are_separate_sequences", "attention_varlen", paged.varlen_state_is_float64),
+    mutant("ragged_batches_are_separate_sequences", "attention_varlen", paged.tokens_past_the_last_sequence_read_on),
+    mutant("pages_are_gathered_keys", "attention_paged", paged.page_boundary_off_by_one),
+    mutant("pages_are_gathered_keys", "attention_paged", paged.table_of_the_next_sequence),
+    mutant("pages_are_gathered_keys", "attention_paged", paged.int64_tables_misread),
+    mutant("pages_are_gathered_keys", "attention_paged", paged.pool_read_in_a_row),
+    mutant("pages_are_gathered_keys", "attention_paged", paged.pages_of_more_than_128_wrong),
+    mutant("pages_are_gathered_keys", "attention_paged", paged.pages_that_are_no_power_of_two_wrong),
+    mutant("pages_are_gathered_keys", "attention_paged", paged.paged_split_never_merged),
+    mutant("pages_are_gathered_keys", "attention_paged", paged.paged_state_is_float64),
+    mutant("pages_are_gathered_keys", "attention_paged", paged.lengths_zeroed_in_place),
+    mutant(DEFINITION, "attention", paged.merge_of_parts_without_keys),
+    mutant("appending_is_concatenation", "append_", paged.appended_to_a_copy),
+    mutant("appending_is_concatenation", "append_", paged.appended_beside_a_slice),
     mutant("merging_has_no_order", "merge", caches.merge_averages),
     mutant("merging_has_no_order", "merge", caches.merge_in_base_2),
     mutant("merging_has_no_order", "merge", caches.merge_of_nothing_is_nan),

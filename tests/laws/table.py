@@ -6,7 +6,7 @@ from typing import Any, Final, NamedTuple
 from hypothesis import strategies as st
 
 from . import attention, caches, rotation, states
-from .strategies import PLAIN, attentions, decodes, prefills, rotates
+from .strategies import FEW, PLAIN, attentions, decodes, prefills, rotates
 
 
 class Law(NamedTuple):
@@ -59,6 +59,9 @@ def laws(**sizes: Any) -> tuple[Law, ...]:
     if not sizes:
         forward = st.one_of(forward, decodes(), prefills())
         backward = st.one_of(backward, backward, prefills(**MILD))
+    paged = (
+        ragged(**sizes) if sizes else st.one_of(ragged(), ragged(b=2, g=1, m=FEW, n=st.sampled_from([129, 200, 513])))
+    )
     turns = {name: sizes[name] for name in ("b", "m", "d", "r") if name in sizes}
     return (
         Law("attention", attention.attention_is_its_definition, forward),
@@ -79,7 +82,7 @@ def laws(**sizes: Any) -> tuple[Law, ...]:
         Law("attention", attention.arguments_survive, everything),
         Law("attention_varlen", caches.ragged_batches_are_separate_sequences, ragged(**sizes)),
         Law("attention_varlen", caches.ragged_gradients_are_exact, ragged(**MILD, **sizes)),
-        Law("attention_paged", caches.pages_are_gathered_keys, ragged(**sizes)),
+        Law("attention_paged", caches.pages_are_gathered_keys, paged),
         Law("append_", caches.appending_is_concatenation, ragged(**{**sizes, "b": 1})),
         Law("rotate", rotation.rotation_is_its_definition, rotates(**turns)),
         Law("rotate", rotation.rotations_have_inverses, rotates(**turns)),
