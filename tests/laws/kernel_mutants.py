@@ -163,10 +163,7 @@ BACKWARD: Final = (
     ),
     KernelMutant(
         "the_heads_of_a_group_race_for_one_dq", "backward_queries_kernel", GRADIENTS,
-        one(
-            "backward", "at = dq + line[:, None] * d + wide",
-            "at = dq + (line - (head % group).to(tl.int64) * m)[:, None] * d + wide",
-        ),
+        one("backward", "at = dq + ((batch * h + head)", "at = dq + ((batch * h + head // group * group)"),
         {"m": 17, "n": 17, "r": 2},
     ),
     KernelMutant(
@@ -214,16 +211,30 @@ FEW: Final = (
     ),
     KernelMutant(
         "parts_are_added_without_weight", "few_merge_kernel", DEFINITION,
-        one("decode_kernel", "tl.sum(weight[:, None] * part, 0)", "tl.sum(part, 0)"),
+        one("decode_kernel", "mean = tl.sum(weight[:, None] * part, 0)", "mean = tl.sum(part, 0)"),
         {"m": 7, "n": 65, "mask": "everything()"},
     ),
     KernelMutant(
         "parts_without_keys_have_no_guard", "few_merge_kernel", "blind_rows_are_zero",
-        one(
-            "decode_kernel", 'shift = tl.where(top == -float("inf"), 0.0, top)\n    total = tl.sum(',
-            "shift = top\n    total = tl.sum(",
-        ),
+        one("decode_kernel", 'shift = tl.where(top == -float("inf"), 0.0, top)', "shift = top"),
         {"m": 7, "n": 17},
+    ),
+)  # fmt: skip
+
+PAGES: Final = "pages_are_gathered_keys"
+PAGED: Final = (
+    KernelMutant(
+        "all_sequences_read_the_table_of_the_first", "paged_kernel", PAGES,
+        one("paged_kernel", "table += sequence.to(tl.int64) * table_b", "table += 0 * sequence.to(tl.int64) * table_b"),
+        {"b": 2, "m": 7, "n": 33},
+    ),
+    KernelMutant(
+        "queries_stand_one_key_early", "paged_kernel", PAGES,
+        one("paged_kernel", "stands = length - queries + i", "stands = length - queries + i - 1"), {"m": 7, "n": 33},
+    ),
+    KernelMutant(
+        "parts_of_a_row_are_sought_side_by_side", "paged_merge_kernel", PAGES,
+        one("paged_kernel", "place, heads_of_keys * M, split", "place, M, split"), {"m": 7, "n": 65, "g": 2},
     ),
 )  # fmt: skip
 
@@ -280,4 +291,4 @@ OTHERS: Final = (
     ),
 )  # fmt: skip
 
-KERNEL_MUTANTS: Final = (*FORWARD, *BACKWARD, *FEW, *OTHERS)
+KERNEL_MUTANTS: Final = (*FORWARD, *BACKWARD, *FEW, *PAGED, *OTHERS)
