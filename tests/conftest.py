@@ -27,6 +27,7 @@ if CHECKED:
 # Laws differ in cost by a thousand times, and machines by ten: time is not what they test.
 settings.register_profile("dev", deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=50)
 settings.register_profile("ci", settings.get_profile("dev"), derandomize=True, print_blob=True, max_examples=100)
+settings.register_profile("gpu", settings.get_profile("dev"), print_blob=True, max_examples=1000, database=None)
 settings.register_profile("quick", settings.get_profile("ci"), max_examples=5)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 
