@@ -1,0 +1,138 @@
+"""What every kernel of `flash` does beside computing: it writes all of its output and nothing else, the same each time.
+
+The cases are those of `longspan.laws.kernel_cases`, on whichever device this machine has; graphs and hundreds of
+launches are for a GPU.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+from longspan.backends import flash
+from longspan.laws.kernel_cases import CASES, LARGE, Case
+from longspan.laws.kernels import kernels, launches
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.skipif(flash.unavailable() is not None, reason=str(flash.unavailable()))
+on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+EVERY = {**CASES, **LARGE} if DEVICE == "cuda" else CASES
+every_case = pytest.mark.parametrize("case", EVERY.values(), ids=list(EVERY))
+aten = torch.ops.aten
+GUARD = 4096  # bytes on either side
+POISON = 255  # a byte that makes every float NaN, and every integer -1
+
+
+class Poisoned(TorchDispatchMode):
+    """Gives out fresh memory that is full of NaN, between guard bands of the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rooms: list[tuple[Tensor, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Move what was allocated between guard bands."""
+        result = func(*args, **(kwargs or {}))
+        fresh = func.overloadpacket in {
+            aten.empty,
+            aten.empty_strided,
+            aten.empty_like,
+            aten.new_empty,
+            aten.new_empty_strided,
+        }
+        return tree_map(self.moved, result) if fresh else result
+
+    def moved(self, x: Tensor) -> Tensor:
+        """Allocate a tensor again, with guards."""
+        size = x.untyped_storage().nbytes()
+        room = torch.full((GUARD + size + GUARD,), POISON, dtype=torch.uint8, device=x.device)
+        self.rooms.append((room, size))
+        inside = room[GUARD : GUARD + size].view(x.dtype) if size else room[:0].view(x.dtype)
+        return inside.as_strided(x.shape, x.stride(), inside.storage_offset())
+
+    def assert_intact(self) -> None:
+        """See that nothing was written outside."""
+        for room, size in self.rooms:
+            bands = torch.cat([room[:GUARD], room[GUARD + size :]])
+            assert bool((bands == POISON).all()), f"{size} bytes were allocated, and more were written"
+
+
+@contextmanager
+def poisoned() -> Iterator[Poisoned]:
+    """Poison all fresh memory."""
+    with Poisoned() as mode:
+        yield mode
+    mode.assert_intact()
+
+
+def same(found: list[Tensor], expected: list[Tensor]) -> bool:
+    """Whether tensors are equal bit for bit, and none is NaN."""
+    return len(found) == len(expected) and all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
+def copied(run: Callable[[], list[Tensor]]) -> list[Tensor]:
+    """Call, and copy the results, which the next call may overwrite."""
+    return [x.clone() for x in run()]
+
+
+@every_case
+def test_all_of_the_output_is_written_and_nothing_else(case: Case) -> None:
+    run = case(flash, DEVICE)
+    expected = copied(run)
+    with poisoned() as mode:
+        found = run()
+    assert mode.rooms or not found
+    assert same(found, expected)
+
+
+def test_poison_is_seen_and_guards_are_guarded() -> None:
+    with poisoned() as mode:
+        x = torch.empty(3, 5, device=DEVICE)
+        y = x.new_empty(7, dtype=torch.bfloat16)
+        z = torch.empty_like(x.transpose(0, 1))
+    assert all(bool(one.isnan().all()) for one in (x, y, z))
+    assert z.stride() == (1, 5)
+    mode.rooms[0][0][GUARD - 1] = 0
+    with pytest.raises(AssertionError, match="60 bytes"):
+        mode.assert_intact()
+
+
+@on_gpu
+def test_every_kernel_is_launched_by_some_case() -> None:
+    with launches() as names:
+        for case in CASES.values():
+            case(flash, DEVICE)()
+    assert set(names) == set(kernels())
+
+
+@on_gpu
+@every_case
+def test_a_hundred_launches_give_the_same_bits(case: Case) -> None:
+    run = case(flash, DEVICE)
+    expected = copied(run)
+    for _ in range(99):
+        assert same(run(), expected)
+
+
+@on_gpu
+@every_case
+def test_a_captured_graph_replays(case: Case) -> None:
+    run = case(flash, DEVICE)
+    expected = copied(run)
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=side):
+        found = run()
+    for x in found:
+        x.fill_(torch.nan)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert same(found, expected)
