@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import torch
 from filelock import FileLock, Timeout
 
 from longspan.autotune import Case, Family, folders, forget, table
@@ -20,7 +19,6 @@ from longspan.autotune.pool import Pool, Unkillable
 from longspan.autotune.table import BadTable
 from longspan.autotune.tuner import Tuner
 
-from .config import plans, read
 from .page import Refused, console, print_json, refused
 from .tune_page import Watch, conclude, report
 
@@ -128,6 +126,10 @@ def pick(known: dict[str, Family], names: Sequence[str]) -> list[Family]:
 
 def launched(config: Path, context: int | None, chosen: Sequence[Family], arch: str) -> dict[str, list[Case]]:
     """List what the layers of a published model launch, by kernel; each key once."""
+    import torch  # noqa: PLC0415 - nothing else here needs it
+
+    from .config import plans, read  # noqa: PLC0415
+
     if context is None:
         refused("context", "given with --model: the tokens that it is to serve", "none")
     found: dict[str, dict[str, Case]] = {family.name: {} for family in chosen}

@@ -15,6 +15,7 @@ from longspan.autotune.device import triton_version
 from longspan.autotune.family import phrase
 from longspan.autotune.measurer import reproducer
 from longspan.autotune.plan import Entry
+from longspan.autotune.resources import spills
 from longspan.autotune.tuner import Tuner
 
 from .page import duration
@@ -133,7 +134,8 @@ def report(tuner: Tuner, gate: str, clock: str, sources: Sequence[str]) -> dict[
     return {
         "device": tuner.device.slug, "device_name": tuner.device.name, "triton": triton_version(),
         "seconds": time.monotonic() - tuner.begun, "answered_seconds": tuner.answered, "compiled": tuner.compiled,
-        "mean_gain": mean(gains) if gains else None, "keys": keys, "faults": faults,
+        "mean_gain": mean(gains) if gains else None, "keys": keys, "faults": faults, "measured": measured,
+        "left": sum(key["space"] - key["out"] - (key["raced"] if measured else key["ready"]) for key in keys),
         "ok": not wrong and (not measured or all(key["finished"] for key in keys)),
     }  # fmt: skip
 
@@ -148,11 +150,43 @@ def result(entry: Entry) -> dict[str, Any]:
         "given_up": entry.given_up or None, "choice": won["choice"], "gain": so_far(entry) if entry.won else None,
         "us": evidence.get("us"), "heuristic_us": evidence.get("heuristic_us"), "noise": evidence.get("noise"),
         "raced": len(entry.raced), "out": states.count("out"), "space": len(states), "regret": evidence.get("regret"),
+        "ready": len(states) - states.count("out") - states.count("new") - states.count("compiling"),
+        "spilling": sum(bool(spills(one.resources)) for one in entry.candidates.values()),
     }  # fmt: skip
 
 
 def conclude(page: Console, found: dict[str, Any]) -> None:
     """Say what came of a run."""
+    if found["measured"]:
+        conclude_measured(page, found)
+    else:
+        conclude_compiled(page, found)
+    for fault in found["faults"]:
+        loud = "WRONG: " if fault["status"] == "wrong" else ""
+        page.print(
+            f"{loud}{fault['kernel']}, {phrase(fault['choice'])}: {fault['status']}: {fault['message']}",
+            style="bold red" if loud else None, markup=False, soft_wrap=True,
+        )  # fmt: skip
+        if loud:
+            print(fault["reproduce"], file=sys.stdout)  # not through rich, which would fold long lines
+    if found["left"] or (found["measured"] and any(not key["finished"] for key in found["keys"])):
+        page.print("`longspan tune` again goes on where this run stopped.")
+
+
+def conclude_compiled(page: Console, found: dict[str, Any]) -> None:
+    """Say what compiled."""
+    table = Table("kernel", "key")
+    for heading in ("choices", "compiled", "spilling", "out", "left"):
+        table.add_column(heading, justify="right")
+    for key in found["keys"]:
+        counts = key["space"], key["ready"], key["spilling"], key["out"], key["space"] - key["ready"] - key["out"]
+        table.add_row(key["kernel"], phrase(key["key"]), *map(str, counts))
+    page.print(table)
+    page.print(f"{found['compiled']} compilations for {found['device']} in {duration(found['seconds'])}.")
+
+
+def conclude_measured(page: Console, found: dict[str, Any]) -> None:
+    """Say who won, by how much, and what the answer is worth."""
     table = Table("kernel", "key")
     for heading in ("heuristic", "tuned", "gain", "noise", "not raced"):
         table.add_column(heading, justify="right")
@@ -176,13 +210,3 @@ def conclude(page: Console, found: dict[str, Any]) -> None:
         f"{duration(found['seconds'])}; every key had a verified answer after {duration(found['answered_seconds'])}. "
         "What a winner may lack: the noise of its final, and whatever the choices not raced would have gained."
     )
-    for fault in found["faults"]:
-        loud = "WRONG: " if fault["status"] == "wrong" else ""
-        page.print(
-            f"{loud}{fault['kernel']}, {phrase(fault['choice'])}: {fault['status']}: {fault['message']}",
-            style="bold red" if loud else None, markup=False, soft_wrap=True,
-        )  # fmt: skip
-        if loud:
-            print(fault["reproduce"], file=sys.stdout)  # not through rich, which would fold long lines
-    if any(not key["finished"] for key in found["keys"]) and found["answered_seconds"] is not None:
-        page.print("`longspan tune` again goes on where this run stopped.")

@@ -187,3 +187,5 @@ COMPILED = [
     )
 ]  # fmt: skip
 MANY = [family("many", [{"way": "honest", "cost": cost} for cost in range(100, 130)], HONEST, cases=4)]
+CLOSE = [family("close", [{"way": "honest", "cost": 995}], {"way": "honest", "cost": 1000})]
+SLOW = [family("slow", [{"way": "honest", "cost": cost, "seconds": 0.3} for cost in (*range(20, 30), 10)], HONEST)]

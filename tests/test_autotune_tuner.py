@@ -1,0 +1,339 @@
+"""A run of the tuner: who wins, who never does, and what survives whom. Kernels are those of `fake_kernels`."""
+
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fake_kernels
+import pytest
+
+from longspan.autotune import digest, folders, forget, table
+from longspan.autotune.journal import place
+from longspan.autotune.measurer import Measurer
+from longspan.autotune.race import decide, finalists
+from longspan.cli.page import Refused
+from longspan.cli.tune import Asked, merge, seconds, tune
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="sessions and limits of Linux")
+FAKES: dict[str, Any] = {
+    "gate": "fake_kernels:gate", "clock": "fake_kernels:Scripted", "compiler": "fake_kernels:Compiler",
+    "as_json": True, "budget": 60.0, "workers": 2,
+}  # fmt: skip
+
+
+@dataclass
+class Run:
+    """What a run said: its exit code, its report, and the report's keys and faults by choice."""
+
+    code: int
+    found: dict[str, Any]
+
+    @property
+    def won(self) -> list[Any]:
+        """The winning cost of every key."""
+        return [None if key["choice"] is None else key["choice"]["cost"] for key in self.found["keys"]]
+
+    @property
+    def faults(self) -> list[tuple[str, str]]:
+        """Way or compilation, and status, of every fault."""
+        faults = self.found["faults"]
+        return [(one["choice"].get("compile", one["choice"]["way"]), one["status"]) for one in faults]
+
+
+@pytest.fixture
+def run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Callable[..., Run]]:
+    """Run the command on fakes; results go to a folder of the test's own."""
+    monkeypatch.setenv(folders.VARIABLE, str(tmp_path / "results"))
+    monkeypatch.setattr(folders, "SHIPPED", tmp_path / "shipped")
+    monkeypatch.setattr("longspan.cli.tune.triton_version", lambda: "3.6.0")
+    forget()
+
+    def once(name: str, **settings: Any) -> Run:
+        code = tune(Asked(**{**FAKES, "sources": (f"fake_kernels:{name}",), **settings}))
+        return Run(code, json.loads(capsys.readouterr().out))
+
+    yield once
+    forget()
+
+
+def test_the_fastest_choice_wins_every_key_and_is_kept(run: Callable[..., Run], tmp_path: Path) -> None:
+    done = run("PLAIN")
+    assert (done.code, done.won) == (0, [80, 80, 80])
+    assert all(1.24 < key["gain"] < 1.26 and key["raced"] == 4 for key in done.found["keys"])
+    assert done.found["mean_gain"] == pytest.approx(1.25, rel=0.01)
+    assert 0 < done.found["answered_seconds"] <= done.found["seconds"]
+    (kept,) = (tmp_path / "results" / "tables").iterdir()
+    rows = table.read(kept)["rows"]
+    assert [row["choice"]["cost"] for row in rows] == [80, 80, 80]
+    assert [cost["cost"] for cost, _ in rows[0]["finalists"]] == [80, 100]  # 90 and 300 were cut, the heuristic stays
+    assert rows[0]["digest"] == digest.digest([fake_kernels.add])
+
+
+def test_the_heuristic_stays_where_nothing_is_better_by_more_than_one_percent(run: Callable[..., Run]) -> None:
+    done = run("CLOSE")
+    assert (done.code, done.won) == (0, [1000])
+
+
+def test_wrong_kernels_never_win_however_fast(run: Callable[..., Run]) -> None:
+    done = run("WRONG")
+    assert (done.code, done.won) == (1, [60])  # 1: a wrong choice is loud
+    assert sorted(done.faults) == sorted([
+        ("drops the tail", "wrong"), ("races", "wrong"), ("reads uninitialised memory", "wrong"), ("raises", "error"),
+        ("repeats in other bits", "wrong"),
+    ])  # fmt: skip
+
+
+def test_a_wrong_choice_comes_with_a_program_that_shows_it(run: Callable[..., Run]) -> None:
+    done = run("WRONG")
+    fault = next(one for one in done.found["faults"] if one["choice"]["way"] == "drops the tail")
+    program = fault["reproduce"].replace("print(", "shown = (")
+    names: dict[str, Any] = {}
+    exec(program, names)  # noqa: S102 - that it runs is what is promised
+    assert names["shown"] == {"status": "wrong", "note": fault["message"]}
+
+
+def test_a_choice_that_takes_its_worker_down_is_tried_again_once_and_then_never(run: Callable[..., Run]) -> None:
+    done = run("DEADLY")
+    assert (done.code, done.won) == (0, [50])
+    assert done.faults == [("faults", "crash"), ("faults", "poison")]
+    assert "SIGSEGV" in done.found["faults"][0]["message"]
+    again = run("DEADLY", fresh=False)
+    assert (again.won, again.faults) == ([50], [])
+
+
+def test_a_launch_that_hangs_is_ended_and_the_run_goes_on(
+    run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("longspan.autotune.tuner.TRIAL", 1.0)
+    done = run("HANGING")
+    assert (done.won, done.faults) == ([50], [("hangs", "timeout"), ("hangs", "poison")])
+
+
+def test_what_does_not_compile_or_fit_is_out_and_what_spills_comes_last(run: Callable[..., Run]) -> None:
+    done = run("COMPILED")
+    assert done.won == [20, 20]  # the one that spills: compiled codes are judged by their times alone
+    assert done.faults == [("aborts", "crash")]  # once, though two keys share it
+    assert [(key["out"], key["raced"], key["spilling"]) for key in done.found["keys"]] == [(3, 3, 1)] * 2
+    with sqlite3.connect(place()) as journal:
+        tried = journal.execute("SELECT choice FROM trial ORDER BY at").fetchall()
+        assert "spills" in tried[-1][0]
+        notes = dict(journal.execute("SELECT status, note FROM compilation").fetchall())
+    journal.close()
+    assert "1048576 bytes of shared memory" in notes["illegal"]
+    assert notes["error"] == "ValueError Expected a power of two"
+
+
+def test_a_run_goes_on_where_the_last_one_stopped(run: Callable[..., Run]) -> None:
+    first = run("SLOW", budget=2.5)
+    raced = first.found["keys"][0]["raced"]
+    assert 0 < raced < 12
+    assert first.won != [None]  # a short budget has a winner, too
+    second = run("SLOW")
+    assert (second.found["keys"][0]["raced"], second.won) == (12, [10])
+    assert second.found["compiled"] <= 12 - raced + 1
+    third = run("SLOW")
+    assert third.found["compiled"] == 0
+    assert third.won == [10]
+    assert run("SLOW", fresh=True).found["keys"][0]["raced"] == 12
+
+
+def test_an_exhaustive_run_says_what_the_race_alone_would_have_lost(run: Callable[..., Run]) -> None:
+    done = run("PLAIN", exhaustive=True)
+    assert all(0 <= key["regret"] < 0.01 for key in done.found["keys"])
+
+
+def test_compiling_alone_needs_no_device(run: Callable[..., Run]) -> None:
+    done = run("COMPILED", compile_only=True, arch="sm_90", clock="no_such_module:Clock")
+    assert done.code == 0
+    assert [(key["ready"], key["out"]) for key in done.found["keys"]] == [(3, 3)] * 2
+    assert not folders.tables().exists()
+
+
+def test_tables_are_exported_and_merged(
+    run: Callable[..., Run], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("PLAIN", export=tmp_path / "a.json")
+    run("DEADLY", export=tmp_path / "b.json")
+    assert merge(tmp_path / "a.json", tmp_path / "b.json", tmp_path / "c.json") == 0
+    assert "4 rows" in capsys.readouterr().out
+    merged = table.read(tmp_path / "c.json")["rows"]
+    assert [row["family"] for row in merged] == ["deadly", "plain", "plain", "plain"]
+    run("PLAIN", export=tmp_path / "b.json")  # into one that is there
+    assert len(table.read(tmp_path / "b.json")["rows"]) == 4
+    with pytest.raises(Refused, match="cannot be read"):
+        merge(tmp_path / "a.json", tmp_path / "none.json", None)
+
+
+def test_a_picture_is_drawn(run: Callable[..., Run], tmp_path: Path) -> None:
+    run("PLAIN", png=tmp_path / "gains.png")
+    assert (tmp_path / "gains.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"kernels": ("nobody",)}, "kernel must be one of plain"),
+        ({"arch": "sm_90"}, "--compile-only"),
+        ({"arch": "sm_1", "compile_only": True}, "arch must be one of sm_80"),
+        ({"clock": "longspan.autotune.clock:Wall"}, "only interpreted"),
+        ({"clock": "no_such_module:Clock"}, "nothing can be measured here"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_a_sentence(run: Callable[..., Run], settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(Refused, match=said):
+        run("PLAIN", **settings)
+
+
+@pytest.mark.parametrize(("text", "meant"), [("90s", 90), ("5m", 300), ("1.5h", 5400), ("7", 7)])
+def test_budgets_are_read(text: str, meant: float) -> None:
+    assert seconds(text) == meant
+
+
+@pytest.mark.parametrize("text", ["", "m", "-3s", "five", "nan", "inf", "3d"])
+def test_what_is_no_budget_is_refused(text: str) -> None:
+    with pytest.raises(Refused, match="budget must be a time"):
+        seconds(text)
+
+
+# What survives whom.
+
+MAIN = """
+import sys
+from longspan.cli import tune
+from longspan.cli.page import Refused
+tune.triton_version = lambda: "3.6.0"
+try:
+    code = tune.tune(tune.Asked(
+        sources=(sys.argv[1],), gate="fake_kernels:gate", clock="fake_kernels:Scripted",
+        compiler="fake_kernels:Compiler", as_json=True, budget=60.0, workers=1))
+except Refused as refusal:
+    print(refusal)
+    code = 2
+sys.exit(code)
+"""
+
+
+def started(folder: Path, source: str = "fake_kernels:SLOW") -> subprocess.Popen[str]:
+    """Start the command on fakes as a process of its own."""
+    found = os.pathsep.join(str(Path(entry).resolve()) for entry in sys.path)
+    return subprocess.Popen(  # noqa: S603 - our own source
+        [sys.executable, "-c", MAIN, source], stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": found, folders.VARIABLE: str(folder)},
+    )  # fmt: skip
+
+
+def trials(folder: Path) -> dict[str, int]:
+    """Count the trials of a journal by status."""
+    path = next(folder.glob("*.sqlite3"), None)
+    if path is None:
+        return {}
+    store = sqlite3.connect(path)
+    try:
+        return dict(store.execute("SELECT status, count(*) FROM trial GROUP BY 1").fetchall())
+    except sqlite3.OperationalError:  # its tables are not there yet
+        return {}
+    finally:
+        store.close()
+
+
+def test_a_tuner_that_is_killed_loses_at_most_the_choice_in_flight(tmp_path: Path) -> None:
+    before = 0
+    for _ in range(3):
+        process = started(tmp_path)
+        end = time.monotonic() + 60
+        while trials(tmp_path).get("raced", 0) < before + 2 and process.poll() is None:
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        counted = trials(tmp_path)
+        assert counted["raced"] >= before + 2
+        assert set(counted) <= {"raced", "started"}
+        assert counted.get("started", 0) <= 1
+        before = counted["raced"]
+    process = started(tmp_path)
+    out, _ = process.communicate(timeout=60)
+    (key,) = json.loads(out)["keys"]
+    assert (key["raced"], key["choice"]["cost"]) == (12, 10)
+
+
+def test_a_second_tuner_of_a_gpu_is_refused(tmp_path: Path) -> None:
+    first = started(tmp_path)
+    end = time.monotonic() + 60
+    while not trials(tmp_path).get("raced"):
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    out, _ = (second := started(tmp_path)).communicate(timeout=60)
+    assert second.returncode == 2
+    assert "another tuner measures on this GPU" in out
+    first.kill()
+    first.communicate()
+    out, _ = started(tmp_path, "fake_kernels:PLAIN").communicate(timeout=60)  # the lock died with its holder
+    assert json.loads(out)["ok"]
+
+
+def test_a_damaged_journal_is_named_and_tables_go_on_serving(run: Callable[..., Run], tmp_path: Path) -> None:
+    run("PLAIN")
+    place().write_bytes(b"no journal" * 1000)
+    with pytest.raises(Refused, match="move it away to start anew"):
+        run("PLAIN")
+    (kept,) = (tmp_path / "results" / "tables").iterdir()
+    assert len(table.read(kept)["rows"]) == 3
+
+
+@pytest.mark.parametrize("folder", ["/proc/self", "a file"])
+def test_a_folder_that_cannot_be_written_to_is_named(
+    run: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str
+) -> None:
+    (tmp_path / "a file").write_text("")
+    monkeypatch.setenv(folders.VARIABLE, folder if folder.startswith("/") else str(tmp_path / folder))
+    with pytest.raises(Refused, match=folders.VARIABLE):
+        run("PLAIN")
+
+
+# The race.
+
+
+def test_finalists_are_the_fastest_and_the_heuristic() -> None:
+    times = {"a": [1.0, 1.1], "b": [1.05, 1.06], "c": [1.3, 1.3], "slow": [9.0, 9.0]}
+    assert finalists(times, "slow") == ["a", "b", "slow"]
+    assert finalists(times, "a", most=1) == ["a"]
+    assert finalists(times, "gone") == ["a", "b"]
+
+
+def test_ties_go_to_the_lightest_whatever_the_noise_says() -> None:
+    weights = {"a": 3, "b": 1, "c": 2}
+    order = [
+        decide({"a": [x], "b": [y], "c": [1.2]}, "none", weights.__getitem__).winner
+        for x, y in ((1, 1.004), (1.004, 1))
+    ]
+    assert order == ["b", "b"]
+    assert decide({"a": [1.0], "b": [1.02]}, "none", weights.__getitem__).winner == "a"
+    noisy = {"a": [1.0, 1.04, 0.96], "b": [1.02, 1.02, 1.02]}
+    assert decide(noisy, "none", weights.__getitem__).winner == "b"  # within twice the noise of the best
+
+
+def test_the_heuristic_is_replaced_for_more_than_one_percent_only() -> None:
+    rounds = {"heuristic": [1.0], "better": [0.995]}
+    assert decide(rounds, "heuristic", len).winner == "heuristic"
+    assert decide({**rounds, "better": [0.98]}, "heuristic", len).winner == "better"
+
+
+def test_a_trial_launches_more_of_what_keeps_up() -> None:
+    measurer = Measurer(["fake_kernels:PLAIN"], "fake_kernels:gate", "fake_kernels:Scripted")
+    case = {"key": {"size": 16}, "problem": {"size": 16}, "variant": {}}
+    choice = {"way": "honest", "cost": 90}
+    fast = measurer.trial("plain", case, choice)
+    assert (fast["status"], len(fast["times"])) == ("raced", 6)
+    assert len(measurer.trial("plain", case, choice, best=50e-6)["times"]) == 2  # cut
+    assert measurer.confirm("plain", case, choice) == {"status": "verified", "worst": 0.0, "repeated": True}
