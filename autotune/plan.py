@@ -13,9 +13,11 @@ from .digest import digest
 from .family import Case, Family, Values, canonical, imported
 from .journal import Journal
 from .lookup import SHELF
+from .resources import spills
 
 State = Literal["new", "compiling", "ready", "out", "raced", "suspect"]
 ATTEMPTS: Final = 2  # that a choice may take down its worker
+SPILLED: Final = 10_000  # added to the rank of a choice that spills
 BROKEN: Final = {"crash", "timeout"}  # outcomes that cost a worker its life
 
 
@@ -38,6 +40,12 @@ class Candidate:
     worst: float = 0.0
     attempts: int = 0
     note: str = ""
+
+    def learn(self, status: str, resources: dict[str, Any], note: str) -> None:
+        """Take note of a compilation; what spills comes after all that does not, but for the heuristic."""
+        self.state, self.resources, self.note = "ready" if status == "ok" else "out", resources, note
+        if spills(resources) and self.rank:
+            self.rank += SPILLED + spills(resources)
 
 
 @dataclass
@@ -128,8 +136,7 @@ def entry(family: Family, case: Case, device: Device, scope: int, code: str, kno
         one = Candidate(space[name], name, rank)
         compiled = compilations.get((canonical(case.variant), name))
         if compiled is not None:
-            one.state = "ready" if compiled["status"] == "ok" else "out"
-            one.resources, one.note = compiled["resources"], compiled["note"]
+            one.learn(compiled["status"], compiled["resources"], compiled["note"])
         tried = trials.get((case.name, name))
         if tried is not None:
             recall(one, tried)

@@ -14,12 +14,10 @@ from .finals import Finals
 from .journal import Journal
 from .plan import ATTEMPTS, BROKEN, Candidate, Entry, Fault
 from .pool import Outcome, Pool, wait
-from .resources import spills
 
 COMPILE: Final = 90.0  # seconds that one compilation may take
 TRIAL: Final = 60.0  # and one trial: verification, compilation of what was not compiled ahead, a few launches
 RESERVE: Final = 4.0  # seconds kept for the final of a key
-SPILLED: Final = 10_000  # added to the rank of a choice that spills, so that it comes after all that do not
 SUSPECT: Final = 100_000
 
 
@@ -133,9 +131,7 @@ class Tuner:
                 Fault(entry=entry, candidate=candidate, status=status, message=f"while compiling, {reason}")
             )
         for twin in self.twins(entry, candidate):
-            twin.state, twin.resources, twin.note = ("ready" if status == "ok" else "out"), found, reason or ""
-            if spills(found) and twin.rank:  # the heuristic stays first
-                twin.rank += SPILLED + spills(found)
+            twin.learn(status, found, reason or "")
 
     # Trying.
 
