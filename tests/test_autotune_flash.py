@@ -1,0 +1,205 @@
+"""The families of `flash`: their declarations, the gate that judges them, and the tables that are shipped for them."""
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from longspan.autotune import Case, Family, folders, override, table
+from longspan.autotune.device import illegal, minor, triton_version
+from longspan.autotune.digest import digest
+from longspan.autotune.family import canonical, families, imported
+from longspan.autotune.pool import Pool, every
+from longspan.backends import flash
+from longspan.cli import tune_gate
+from longspan.cli.tune import SOURCES, launched, pick
+from longspan.laws.mutants import MUTANTS
+
+pytestmark = pytest.mark.skipif(flash.unavailable() is not None, reason=str(flash.unavailable()))
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+FAMILIES = families(SOURCES)
+ARCHS = ("sm_80", "sm_90", "sm_120", "gfx942")
+HERE = Path(__file__).parent
+SMALL: dict[str, tuple[Case, dict[str, Any]]] = {
+    "flash.forward": (
+        Case(
+            key={"width": 16, "itemsize": 2, "masked": True, "descriptors": True},
+            problem={"b": 1, "h": 1, "m": 70, "d": 16, "causal": True}, variant={},
+        ),
+        {"tile_m": 64, "tile_n": 128, "num_warps": 4, "num_stages": 1, "descriptors": True},
+    ),
+    "flash.backward_keys": (
+        Case(
+            key={"width": 16, "itemsize": 2, "masked": False, "descriptors": True},
+            problem={"b": 1, "h": 1, "m": 70, "d": 16, "causal": False}, variant={},
+        ),
+        {"tile_m": 128, "tile_n": 64, "num_warps": 4, "num_stages": 1, "descriptors": False},
+    ),
+    "flash.rotate": (
+        Case(
+            key={"tokens": 5, "heads": 2, "planes": 8, "itemsize": 2, "inside": True},
+            problem={"b": 1, "h": 2, "g": 1, "m": 40, "d": 16, "inside": True}, variant={},
+        ),
+        {"tokens": 16, "heads": 2, "split": 1, "num_warps": 1},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_a_familys_spaces_are_plain_data_of_bearable_size(family: Family, arch: str) -> None:
+    cases = family.cases(arch)
+    assert len({case.name for case in cases}) == len(cases) > 0
+    for case in cases:
+        choices = [canonical(choice) for choice in family.space(case, arch)]
+        assert len(set(choices)) == len(choices) <= 45
+        start = family.heuristic(case, arch)
+        assert all(set(json.loads(choice)) == set(start) for choice in choices)
+        costs = [family.cost(case, json.loads(choice), arch) for choice in choices]
+        assert all(cost >= 0 for cost in costs)
+        assert family.cost(case, start, arch) == 0  # what serves comes first, and its neighbours next
+
+
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("whole", [False, True])
+def test_kernels_pass_the_gate_under_a_choice_that_is_not_the_heuristics(name: str, whole: bool) -> None:
+    case, choice = SMALL[name]
+    with override({name: choice}):
+        assert 0 < tune_gate.gate(FAMILIES[name], case, DEVICE, whole=whole) <= 1
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_prepared_launch_returns_what_it_wrote(name: str) -> None:
+    case, choice = SMALL[name]
+    with override({name: choice}):
+        call = FAMILIES[name].prepare(case, DEVICE, True)  # noqa: FBT003 - filled in
+        first, second = call(), call()
+    for x, y in zip(*((one if isinstance(one, list | tuple) else [one]) for one in (first, second)), strict=True):
+        assert torch.isfinite(x).all()
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("mutant", ["causal_from_the_top_left", "softmax_without_rescale", "tail_keys_dropped"])
+def test_the_gate_rejects_planted_bugs(monkeypatch: pytest.MonkeyPatch, mutant: str) -> None:
+    known = {one.name: one.backend for one in MUTANTS}
+    if mutant not in known:
+        pytest.skip("there is no such mutant")
+    monkeypatch.setitem(sys.modules, "a_mutant", known[mutant])
+    broken = replace(FAMILIES["flash.forward"], backend="a_mutant")
+    with pytest.raises(AssertionError, match="exceeds budget"):
+        tune_gate.gate(broken, SMALL["flash.forward"][0], DEVICE, whole=False)
+
+
+def test_the_gate_hands_out_memory_full_of_nan() -> None:
+    with tune_gate.poisoned():
+        fresh = [torch.empty(9), torch.zeros(3).new_empty(5), torch.empty_like(torch.zeros(2, dtype=torch.bfloat16))]
+    assert all(x.isnan().all() for x in fresh)
+    assert not torch.are_deterministic_algorithms_enabled()
+    lazy: Any = SimpleNamespace(attention=lambda q, k, v, **_: longspan_state(q, v))
+    sys.modules["leaves_its_output"] = lazy
+    with pytest.raises(AssertionError, match="exceeds budget"):
+        tune_gate.gate(
+            replace(FAMILIES["flash.forward"], backend="leaves_its_output"),
+            SMALL["flash.forward"][0],
+            DEVICE,
+            whole=False,
+        )
+
+
+def longspan_state(q: torch.Tensor, v: torch.Tensor) -> Any:
+    """Return results that nobody wrote."""
+    from longspan.spec import AttentionState  # noqa: PLC0415 - after the specification was instrumented
+
+    return AttentionState(q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32))
+
+
+def test_an_operation_that_the_gate_does_not_know_is_an_error() -> None:
+    odd = replace(FAMILIES["flash.forward"], operation="prayer")
+    with pytest.raises(ValueError, match="not 'prayer' of flash.forward"):
+        tune_gate.gate(odd, SMALL["flash.forward"][0], DEVICE, whole=False)
+
+
+@pytest.mark.skipif(not (HERE.parent / "examples").is_dir(), reason="needs the sources")
+def test_a_models_layers_say_what_is_tuned() -> None:
+    config = HERE.parent / "examples" / "configs" / "llama-3.1-8b.json"
+    found = launched(config, 131072, pick(FAMILIES, ["flash"]), "sm_90")
+    assert {name: len(cases) for name, cases in found.items()} == {
+        "flash.forward": 1, "flash.backward_keys": 1, "flash.backward_queries": 1, "flash.few": 1, "flash.paged": 1,
+        "flash.rotate": 2,
+    }  # fmt: skip
+    (case,) = found["flash.forward"]
+    assert case.key == {"width": 128, "itemsize": 2, "masked": True, "descriptors": True}
+    assert (case.problem["h"], case.problem["g"]) == (32, 8)
+
+
+# Tables that are shipped.
+
+SHIPPED = [
+    pytest.param(table.device_of(found), row, id=f"{row['family']}-{canonical(row['key'])}")
+    for path in sorted(folders.SHIPPED.glob("*.json"))
+    for found in [table.read(path)]
+    for row in found["rows"]
+]
+
+
+@pytest.fixture(scope="module")
+def recompiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[tuple[str, str], Any]]:
+    """Every shipped row's choice, compiled for its architecture by workers that may die; each variant once."""
+    del tmp_path_factory
+    found: dict[tuple[str, str], Any] = {}
+    environment = {"TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
+    for device in {one.values[0] for one in SHIPPED}:  # pyright: ignore[reportAttributeAccessIssue]
+        servant = {"sources": list(SOURCES), "target": device.target, "multiprocessors": device.multiprocessors}
+        with Pool(
+            "longspan.autotune.compiler:Compiler", servant, count=os.cpu_count() or 1, environment=environment
+        ) as pool:
+            for owner, row in (one.values for one in SHIPPED):  # pyright: ignore[reportAttributeAccessIssue]
+                case = case_of(row, device.arch)
+                tag = row["family"], canonical(case.variant) + canonical(row["choice"])
+                if owner == device and tag not in found:
+                    found[tag] = None
+                    fields = {"key": dict(case.key), "problem": dict(case.problem), "variant": dict(case.variant)}
+                    pool.submit(tag, "compile", 300, family=row["family"], case=fields, choice=row["choice"])
+            found.update({outcome.tag: outcome for outcome in every(pool)})
+    yield found
+
+
+def case_of(row: dict[str, Any], arch: str) -> Case:
+    """The case that a row was tuned on."""
+    known = {case.name: case for case in FAMILIES[row["family"]].cases(arch)}
+    case = known[canonical(row["key"])]
+    assert dict(case.problem) == row["problem"], "a case has changed since it was tuned"
+    return case
+
+
+@pytest.mark.parametrize(("device", "row"), SHIPPED)
+def test_a_shipped_choice_compiles_and_is_legal(
+    recompiled: dict[tuple[str, str], Any], device: Any, row: dict[str, Any]
+) -> None:
+    case = case_of(row, device.arch)
+    outcome = recompiled[row["family"], canonical(case.variant) + canonical(row["choice"])]
+    assert outcome.status == "ok", outcome.message
+    used = outcome.value["resources"]
+    assert illegal(used, device) is None
+    if minor(row["triton"]) == minor(triton_version()):
+        assert used == row["resources"]
+
+
+@pytest.mark.parametrize(("device", "row"), SHIPPED)
+def test_a_shipped_choice_is_of_the_code_that_is_here_and_of_its_space(device: Any, row: dict[str, Any]) -> None:
+    family = FAMILIES[row["family"]]
+    assert row["digest"] == digest(map(imported, family.sources)), (
+        "the kernel has changed: run `longspan tune --export`"
+    )
+    case = case_of(row, device.arch)
+    legal = [canonical(choice) for choice in (*family.space(case, device.arch), family.heuristic(case, device.arch))]
+    assert canonical(row["choice"]) in legal
+    assert row["verified"] <= 1
+    assert row["finalists"][0][0] == row["choice"]
