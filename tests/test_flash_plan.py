@@ -3,6 +3,7 @@
 import gc
 import os
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -130,7 +131,8 @@ def test_equal_keys_are_equal_code_and_equal_code_has_equal_keys(
     calls = ((args, flags), (other, flags), second)
     binder = kernel.kernel.device_caches[0][-1]
     found = []
-    for given_args, given_flags in calls:
+    for given_args, unsorted in calls:
+        given_flags = dict(sorted(unsorted.items()))  # a place that launches writes them in one order
         _, specialization, rest = binder(*given_args, **given_flags)
         key = kernel.key(given_args, given_flags, 0)
         assert key == kernel.key(given_args, given_flags, 0)
@@ -172,20 +174,15 @@ def test_a_bound_launch_takes_no_address_that_is_not_aligned_as_the_first_was() 
 
 
 def test_descriptors_are_moved_to_other_addresses() -> None:
-    kernel, x, y = made(), torch.zeros(64), torch.zeros(64)
-    layout = TensorDescriptor(x, [64], [1], [16])
-    bound = plan.Bound.of(
-        plan.Plan(type("Compiled", (), {"run": None, "function": 1, "packed_metadata": ()})(), 0, ()),  # type: ignore[arg-type]
-        (1,), (layout, y, 0.5), [True] * 3,
-    )  # fmt: skip
-    del kernel
-    assert bound is not None
-    bound.plan.run = lambda *args: LAUNCHES.append(args)
+    x, y = torch.zeros(64), torch.zeros(64)
+    compiled: Any = SimpleNamespace(run=lambda *args: LAUNCHES.append(args), function=1, packed_metadata=())
+    args = TensorDescriptor(x, [64], [1], [16]), y, 0.5
+    bound = plan.Bound(plan.Plan(compiled, 0, args, [True] * 3, ()), (1,), args)
     other = torch.zeros(64)
     assert bound(other.data_ptr(), y.data_ptr())
     moved = LAUNCHES[-1][9]
     assert moved.base.data_ptr() == other.data_ptr()
-    assert (moved.shape, moved.strides, moved.padding) == ((64,), (1,), "zero")
+    assert (moved.shape, moved.strides, moved.padding) == ([64], [1], "zero")
 
 
 @pytest.mark.parametrize("watch", ["hook", "run", "debug", "before"])
@@ -230,8 +227,14 @@ def test_what_is_remembered_is_bounded_and_can_be_forgotten() -> None:
     assert len(known) == 5
     assert plan.recall(known, plan.MANY) == plan.MANY
     assert plan.recall(known, ([],)) is None
+    seen = plan.Sightings()
+    assert not seen.again("a")
+    assert seen.again("a")
+    assert not any(seen.again(i) for i in range(plan.MANY + 5))
+    assert len(seen.marks) <= plan.MANY
     plan.forget()
     assert not known
+    assert not seen.marks
 
 
 def test_this_triton_is_planned_for() -> None:

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton")
 
-from longspan import spec
+from longspan import autotune, spec
 from longspan.backends import flash
 from longspan.backends.flash import forward, function, plan, rope, rope_kernel
 from longspan.spec import masks
@@ -139,7 +139,8 @@ def test_calls_of_one_key_are_launched_alike(first: dict[str, Any], swap: set[st
 def test_a_remembered_call_is_repeated_on_its_own_tensors(ask: dict[str, Any]) -> None:
     plan.forget()
     with torch.no_grad():
-        flash.attention(*call(ask)[0], **call(ask)[1])
+        for _ in range(2):
+            flash.attention(*call(ask)[0], **call(ask)[1])
         tensors, options = call(ask)
         LAUNCHES.clear()
         AGAIN.clear()
@@ -168,7 +169,7 @@ WRONG: dict[str, dict[str, Any]] = {
 def test_a_call_that_means_nothing_fails_after_one_that_does(wrong: str) -> None:
     q, k, v = (heads(2, 5, 16, torch.float16, "plain") for _ in range(3))
     with torch.no_grad():
-        for _ in range(2):
+        for _ in range(3):
             flash.attention(q, k, v, q_offset=1)
         with pytest.raises(REFUSED, match=r"must be|Type-check"):
             flash.attention(q, k, v, **{"q_offset": 1, **WRONG[wrong]})
@@ -176,6 +177,21 @@ def test_a_call_that_means_nothing_fails_after_one_that_does(wrong: str) -> None
             flash.attention(q, k, None)  # type: ignore[arg-type]
         with pytest.raises(REFUSED, match=r"must be|Type-check"):
             flash.attention(q, k[..., :8], v)
+
+
+def test_overridden_choices_are_neither_remembered_nor_passed_over() -> None:
+    q, k, v = (heads(2, 5, 16, torch.float16, "plain") for _ in range(3))
+    with torch.no_grad():
+        for _ in range(3):
+            flash.attention(q, k, v)
+        LAUNCHES.clear()
+        choice = {"tile_m": 16, "tile_n": 16, "num_warps": 1, "num_stages": 1, "descriptors": False}
+        with autotune.override({"flash.forward": choice}):
+            for _ in range(3):
+                flash.attention(q, k, v)
+        assert [launch[2]["M"] for launch in LAUNCHES] == [16] * 3
+        flash.attention(q, k, v)
+        assert len(LAUNCHES) == 3
 
 
 def test_watched_calls_are_not_remembered() -> None:
@@ -231,14 +247,14 @@ def test_rotations_of_one_key_are_launched_alike(first: dict[str, Any], swap: se
         LAUNCHES.clear()
         with torch.no_grad():
             operation: Any = flash.rotate_qk if len(x) == 2 else flash.rotate
-            for _ in range(2):
+            for _ in range(3):
                 AGAIN.clear()
                 results = operation(*x, position, rotation, pairing=pairing)
             results = results if len(x) == 2 else (results,)
             keys.append(rope.asked(position, rotation, pairing, *x))
         launched.append(told(LAUNCHES[0]))
-        assert len(LAUNCHES) == (2 if ask["inv_freq"] == "backwards" else 1)  # of that, a copy was read
-        assert len(AGAIN) == 2 - len(LAUNCHES)
+        assert len(LAUNCHES) == (3 if ask["inv_freq"] == "backwards" else 2)  # of that, a copy was read
+        assert len(AGAIN) == 3 - len(LAUNCHES)
         if AGAIN:
             given_to = [x[0], results[0], x[-1], results[-1], position, rotation.inv_freq]
             assert AGAIN[0][:6] == tuple(one.data_ptr() for one in given_to)

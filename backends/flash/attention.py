@@ -11,6 +11,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from longspan.autotune import overridden
 from longspan.spec import AttentionState
 from longspan.spec.checks import check_attention, check_lengths, check_ragged
 from longspan.spec.masks import Mask, documents, everything
@@ -19,7 +20,7 @@ from . import decode
 from .function import attend, launch_call
 from .launch import INTERPRETED, Again, Call
 from .lowering import lower
-from .plan import memory, recall, remember
+from .plan import Sightings, memory, recall, remember
 from .rope import serve
 from .rope_function import watched
 from .rope_kernel import on
@@ -27,6 +28,7 @@ from .rope_kernel import on
 DTYPES: Final = (torch.float16, torch.bfloat16, torch.float32)
 OFFSETS: Final = (int, type(None))
 REPEATED: Final[dict[Any, Again]] = memory()  # what `asked` returns, to how it was launched
+SEEN: Final = Sightings()
 LONGEST: Final = 2**30 - 1  # tokens: positions and their differences stay inside int32
 
 
@@ -87,9 +89,11 @@ def attention(
     )  # fmt: skip
     if key is None:
         return AttentionState(*attend(q, k, v, *rest))
-    call = Call(*rest)
+    # Bounds are tensors, whose contents may be others next time.
+    wanted = seen.rows is None and seen.sequences is None and SEEN.again(key)
+    call = Call(*rest, wanted=wanted)
     state = AttentionState(*launch_call(call, q, k, v))
-    if call.again is not None and seen.rows is None and seen.sequences is None:
+    if wanted and call.again is not None:
         remember(REPEATED, key, call.again)
     return state
 
@@ -101,12 +105,18 @@ def asked(
 ) -> tuple[Hashable, ...] | None:  # fmt: skip
     """All of a call but the contents and addresses of its tensors: what its checks read, and what is launched.
 
-    None if autograd, a transform or a compiler watches, or if equal keys could be different calls (True is 1, but no
-    offset). Terms of a mask that hold tensors equal only themselves, and are not remembered: their contents may change.
+    None if autograd, a transform or a compiler watches, if choices are overridden, or if equal keys could be different
+    calls (True is 1, but no offset). Terms of a mask that hold tensors equal only themselves, and are not remembered:
+    their contents may change.
     """
     if type(mask) is not Mask or type(k_offset) is not int or type(q_offset) not in OFFSETS:
         return None
-    if watched(q, k, v) or (sink is not None and watched(sink)) or (alibi is not None and watched(alibi)):
+    if (
+        overridden()
+        or watched(q, k, v)
+        or (sink is not None and watched(sink))
+        or (alibi is not None and watched(alibi))
+    ):
         return None
     return (
         q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype,

@@ -102,7 +102,7 @@ def forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor
             parts, logs, call.sink, out, lse, per_sequence(call.sink), h, m, e, splits,
             **merge_flags(splits, e, choice.early), SINK=call.sink is not None,
         )  # fmt: skip
-    if attended is not None and (splits == 1 or merged is not None) and call.rows is None and call.sequences is None:
+    if call.wanted and attended is not None and (splits == 1 or merged is not None):
         empty = out.new_empty(0), lse.new_empty(0)
         call.keep(Repeated(attended, merged, *empty, (b, h, m, e), splits, alike(k, v)))
     return out, lse

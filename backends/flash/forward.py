@@ -169,8 +169,8 @@ def forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor
         h, h // g, m, n, d, e, *call.interval, b * m, *call.factors,
         SINK=call.sink is not None, **flags(call, choice, q, k, v),
     )  # fmt: skip
-    if bound is not None and call.rows is None and call.sequences is None:
-        call.keep(Repeated(bound, out.new_empty(0), lse.new_empty(0), (b, h, m, e)))
+    if call.wanted and bound is not None:
+        call.keep(Repeated(bound, out.new_empty(0), lse.new_empty(0), out.shape))
     return out, lse
 
 
@@ -187,7 +187,7 @@ class Repeated(NamedTuple):
     bound: Bound
     out: Tensor
     lse: Tensor
-    shape: tuple[int, int, int, int]
+    shape: torch.Size
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, alibi: Tensor | None

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, Final
 
 import torch
@@ -37,6 +37,7 @@ class Call:
         scale: Multiplies ``q · k``.
         softcap: Cap of the scores, or None.
         out_dtype: Dtype of ``out``.
+        wanted: Whether whoever launches is to say how to do it `again`.
     """
 
     sink: Tensor | None
@@ -47,6 +48,7 @@ class Call:
     scale: float
     softcap: float | None
     out_dtype: torch.dtype
+    wanted: bool = False
 
     @property
     def negative(self) -> bool:
@@ -88,7 +90,15 @@ def architecture() -> str:
     """Name of the current device, for which kernels are compiled."""
     if INTERPRETED:
         return "interpreter"
-    target: Any = triton.runtime.driver.active.get_current_target()
+    driver: Any = triton.runtime.driver.active
+    return architecture_of(driver, driver.get_current_device())
+
+
+@cache
+def architecture_of(driver: Any, device: int) -> str:
+    """Name of the device, which is the current one."""
+    del device
+    target = driver.get_current_target()
     return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
 
 
@@ -99,11 +109,11 @@ def padded(width: int) -> int:
 
 def describable(x: Tensor) -> bool:
     """Whether the copy engine can address a tensor: aligned, no axis repeated, nothing empty."""
-    aligned = x.data_ptr() % ALIGNED == 0 and all(
-        size == 1 or (stride > 0 and stride * x.element_size() % ALIGNED == 0)
-        for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True)
-    )
-    return aligned and x.numel() > 0
+    if x.data_ptr() % ALIGNED or x.numel() == 0:
+        return False
+    (b, h, n, _), (of_b, of_h, of_n, _) = x.shape, x.stride()
+    of_b, of_h, of_n = (ALIGNED if b == 1 else of_b), (ALIGNED if h == 1 else of_h), (ALIGNED if n == 1 else of_n)
+    return of_b > 0 and of_h > 0 and of_n > 0 and (of_b | of_h | of_n) * x.element_size() % ALIGNED == 0
 
 
 def select(kernel: Kernel, call: Call, q: Tensor, k: Tensor, v: Tensor, *more: Tensor) -> Choice:
@@ -130,7 +140,10 @@ def describe(x: Tensor, rows: int, choice: Choice) -> Any:
 
 def strides(*tensors: Tensor) -> list[int]:
     """Strides of batch, head and token, tensor by tensor; that of the last axis is one."""
-    return [stride for x in tensors for stride in x.stride()[:3]]
+    result: list[int] = []
+    for x in tensors:
+        result += x.stride()[:3]
+    return result
 
 
 def per_sequence(x: Tensor | None) -> int:
@@ -141,13 +154,13 @@ def per_sequence(x: Tensor | None) -> int:
 def flags(call: Call, choice: Choice, q: Tensor, k: Tensor, v: Tensor, *more: Tensor) -> dict[str, Any]:
     """What a kernel is compiled for."""
     m, n, d, e = q.shape[2], k.shape[2], q.shape[3], v.shape[3]
-    tile = max(choice.tile_m, choice.tile_n)
+    far = 2**31 // max(choice.tile_m, choice.tile_n)
     return {
         "M": choice.tile_m, "N": choice.tile_n, "D": padded(d), "E": padded(e),
         "WHOLE_D": padded(d) == d, "WHOLE_E": padded(e) == e,
         "ROWS": call.rows is not None, "EACH": call.sequences is not None, "KEEP": call.lowered.keep > 0,
         "SOFTCAP": call.softcap is not None, "ALIBI": call.alibi is not None, "NEGATIVE": call.negative,
         "DEAD": not all_seen(call.lowered, m, n), "DESCRIPTOR": choice.descriptors,
-        "FAR": any(tile * x.stride(2) >= 2**31 for x in (q, k, v, *more)), "INTERPRET": INTERPRETED,
+        "FAR": max([x.stride(2) for x in (q, k, v, *more)]) >= far, "INTERPRET": INTERPRETED,
         "num_warps": choice.num_warps, "num_stages": choice.num_stages,
     }  # fmt: skip

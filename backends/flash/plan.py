@@ -30,13 +30,36 @@ DIRECT: Final = "3.6."  # whose C launcher is called without the function around
 ALIGNED: Final = 16  # bytes: triton compiles for addresses that this divides, or for any
 MANY: Final = 2048  # problems of an operation that are remembered at once; beyond, all are forgotten
 RUN: Final = JITFunction.run  # by which triton launches; who puts another in its place wants to see every launch
-MEMORIES: Final[list[dict[Any, Any]]] = []
+MEMORIES: Final[list[Any]] = []
 
 
 def memory() -> dict[Any, Any]:
     """Make a dictionary that `forget` empties."""
     MEMORIES.append({})
     return MEMORIES[-1]
+
+
+class Sightings:
+    """Problems that were asked once: what comes a second time is worth remembering.
+
+    A cache that grows asks a new problem at every step. Numbers are kept, not problems: a collector of garbage has
+    nothing to follow, and two problems of one number are only remembered a little early.
+    """
+
+    def __init__(self) -> None:
+        """Have seen nothing."""
+        self.marks: set[int] = set()
+        MEMORIES.append(self.marks)
+
+    def again(self, key: Hashable) -> bool:
+        """Whether a problem was seen before; from now on it was."""
+        mark = hash(key)
+        if mark in self.marks:
+            return True
+        if len(self.marks) >= MANY:
+            self.marks.clear()
+        self.marks.add(mark)
+        return False
 
 
 def recall(known: dict[Any, Any], key: Hashable) -> Any:
@@ -108,7 +131,11 @@ class Planned:
 
     def key(self, args: tuple[Any, ...], flags: dict[str, Any], device: int) -> tuple[Hashable, ...]:
         """All that the compiled code depends on: equal keys, equal code."""
-        return (device, *map(specialise(), repeat(backend_of(device)), args, *self.modes), *flags.items())
+        return (
+            device,
+            *map(specialise(), repeat(backend_of(triton.runtime.driver.active, device)), args, *self.modes),
+            *flags.items(),
+        )
 
     def launch(self, grid: tuple[int, ...], *args: Any, **flags: Any) -> "Bound | None":
         """Launch; by triton, if it was never done or somebody watches."""
@@ -119,12 +146,14 @@ class Planned:
         key = self.key(args, flags, device)
         plan = self.plans.get(key)
         if plan is None:
-            plan = Plan.of(self.kernel[grid](*args, **flags), device, self.constants)
-            if plan is not None:
-                remember(self.plans, key, plan)
+            compiled = self.kernel[grid](*args, **flags)
+            if type(compiled) is not CompiledKernel or compiled.function is None:
+                return None  # something that is not known
+            plan = Plan(compiled, device, args, self.modes[2], self.constants)
+            remember(self.plans, key, plan)
         else:
             plan(grid, args)
-        return None if plan is None else Bound.of(plan, grid, args, self.modes[2])
+        return Bound(plan, grid, args) if plan.common else None
 
 
 def planned(kernel: Any) -> Planned:
@@ -141,29 +170,42 @@ def specialise() -> Callable[..., tuple[Any, Any]]:
 
 
 @cache
-def backend_of(device: int) -> Any:
-    """What compiles for a device, and has its say in specialisation."""
+def backend_of(driver: Any, device: int) -> Any:
+    """What compiles for the current device, and has its say in specialisation."""
     del device
-    return triton.compiler.make_backend(triton.runtime.driver.active.get_current_target())
+    return triton.compiler.make_backend(driver.get_current_target())
 
 
 class Plan:
-    """A compiled kernel and how it is launched."""
+    """A compiled kernel and how it is launched.
 
-    def __init__(self, compiled: CompiledKernel, device: int, constants: tuple[None, ...]) -> None:
-        """Keep what each launch hands to the launcher."""
+    Attributes:
+        count: Arguments that are addresses: they come first.
+        slots: Which of them are compiled for by their alignment.
+        described: Which are descriptors.
+        common: Whether all slots are aligned, so that launches can be bound: code for any address must not become the
+            common one.
+        direct: Launches without triton's wrappers; None where that is not known how.
+    """
+
+    def __init__(
+        self, compiled: CompiledKernel, device: int, args: tuple[Any, ...], aligns: list[bool],
+        constants: tuple[None, ...],
+    ) -> None:  # fmt: skip
+        """Keep what each launch hands to the launcher; of the arguments, only what all of this plan share."""
         self.compiled, self.device, self.constants = compiled, device, constants
         self.run = compiled.run
         self.stream: Callable[[int], int] = triton.runtime.driver.active.get_current_stream
         # No metadata, and no hooks to hand them to.
         self.head = (compiled.function, compiled.packed_metadata, None, None, None)
-
-    @classmethod
-    def of(cls, compiled: Any, device: int, constants: tuple[None, ...]) -> "Plan | None":
-        """Plan what triton just launched, or nothing where it came back with something unknown."""
-        if type(compiled) is CompiledKernel and compiled.function is not None:
-            return cls(compiled, device, constants)
-        return None
+        self.count = next((i for i, x in enumerate(args) if isinstance(x, int | float)), len(args))
+        given = args[: self.count]
+        self.slots = [i for i in range(self.count) if aligns[i]]
+        self.described = [i for i, x in enumerate(given) if isinstance(x, TensorDescriptor)]
+        self.common = not any(isinstance(x, tuple) for x in given) and not any(
+            address_of(given[i]) % ALIGNED for i in self.slots
+        )
+        self.direct = Direct.of(self)
 
     def __call__(self, grid: tuple[int, ...], args: tuple[Any, ...]) -> None:
         """Launch on tensors, descriptors and numbers, as triton would after its bookkeeping."""
@@ -190,7 +232,7 @@ class Described:
 
     def __init__(self, like: TensorDescriptor) -> None:
         """Take the layout of another."""
-        self.shape, self.strides, self.padding = tuple(like.shape), tuple(like.strides), like.padding
+        self.shape, self.strides, self.padding = list(like.shape), list(like.strides), like.padding
         self.base = Address(0)
 
     def at(self, address: int) -> "Described":
@@ -204,36 +246,23 @@ class Described:
 class Bound:
     """A launch of which everything is known but the addresses that come first among its arguments."""
 
-    def __init__(
-        self, plan: Plan, grid: tuple[int, ...], given: tuple[Any, ...], rest: tuple[Any, ...], slots: list[int]
-    ) -> None:
-        """Keep the layouts of what was given, and no tensor; ``slots`` are those whose alignment matters."""
-        self.plan, self.rest, self.slots = plan, (*rest, *plan.constants), slots
-        self.grid = whole(grid)
-        self.described = [(i, Described(x)) for i, x in enumerate(given) if isinstance(x, TensorDescriptor)]
-        self.direct = Direct.of(plan, [(i, x.shape, x.strides) for i, x in self.described])
-
-    @classmethod
-    def of(cls, plan: Plan, grid: tuple[int, ...], args: tuple[Any, ...], aligns: list[bool]) -> "Bound | None":
-        """Bind a launch, unless an address was not aligned: code for any address must not become the common one."""
-        count = next((i for i, x in enumerate(args) if isinstance(x, int | float)), len(args))
-        given = args[:count]
-        slots = [i for i in range(count) if aligns[i]]
-        if any(isinstance(x, tuple) for x in given) or any(address_of(given[i]) % ALIGNED for i in slots):
-            return None
-        return cls(plan, grid, given, args[count:], slots)
+    def __init__(self, plan: Plan, grid: tuple[int, ...], args: tuple[Any, ...]) -> None:
+        """Keep the layouts of what was given, and no tensor."""
+        self.plan, self.grid = plan, whole(grid)
+        self.rest = (*args[plan.count :], *plan.constants)
+        self.described = [(i, Described(args[i])) for i in plan.described]
+        self.maps: dict[int, tuple[int, Any]] = {}  # by slot, the address that was last described, and how
 
     def __call__(self, *addresses: int) -> bool:
         """Launch on other addresses, 0 for what was None; or say False, and do nothing, if one is not aligned."""
-        bits = 0
-        for i in self.slots:
+        plan, bits = self.plan, 0
+        for i in plan.slots:
             bits |= addresses[i]
         if bits % ALIGNED or hooked():
             return False
-        plan = self.plan
         stream = plan.stream(plan.device)
-        if self.direct is not None:
-            self.direct(self.grid, stream, addresses, self.rest)
+        if plan.direct is not None:
+            plan.direct(self, stream, addresses)
             return True
         args: list[Any] = list(addresses)
         for i, layout in self.described:
@@ -254,55 +283,50 @@ class Direct:
     was last seen is kept, slot by slot.
     """
 
-    def __init__(self, launch: Callable[..., None], plan: Plan, maps: list[tuple[int, tuple[Any, ...]]]) -> None:
+    def __init__(self, launch: Callable[..., None], plan: Plan, layouts: list[tuple[Any, ...]]) -> None:
         """Keep the launcher and its constants."""
         run, (function, packed, *_) = plan.run, plan.head
-        self.launch = launch
+        self.launch, self.layouts = launch, layouts
         self.head = (function, run.launch_cooperative_grid, run.launch_pdl, None, None, packed, None, None, None)
-        self.encode: Callable[..., Any] = getattr(triton.runtime.driver.active.utils, "fill_tma_descriptor", None)  # type: ignore[assignment]
-        self.maps = maps[::-1]
-        self.last: dict[int, tuple[int, Any]] = {}
+        self.encode: Any = getattr(triton.runtime.driver.active.utils, "fill_tma_descriptor", None)
 
     @classmethod
-    def of(cls, plan: Plan, described: list[tuple[int, tuple[int, ...], tuple[int, ...]]]) -> "Direct | None":
+    def of(cls, plan: Plan) -> "Direct | None":
         """Find the C function under the wrappers of a kernel, or None where it is not as expected."""
-        run, maps = plan.run, []
+        run = plan.run
         if not triton.__version__.startswith(DIRECT) or type(run).__name__ != "CudaLauncher":
             return None
         if run.global_scratch_size or run.profile_scratch_size:
             return None
-        launch = run.launch
-        if described:
+        launch, layouts = run.launch, []
+        if plan.described:
             names = getattr(getattr(launch, "__code__", None), "co_freevars", ())
             inside: dict[str, Any] = dict(zip(names, getattr(launch, "__closure__", None) or (), strict=False))
-            layouts = getattr(plan.compiled.metadata, "tensordesc_meta", None) or ()
-            if not {"launcher"} <= inside.keys() or len(layouts) != len(described) or not all(layouts):
+            found = getattr(plan.compiled.metadata, "tensordesc_meta", None) or ()
+            if "launcher" not in inside or len(found) != len(plan.described) or not all(found):
                 return None
             launch = inside["launcher"].cell_contents
-            for (i, shape, strides), x in zip(described, layouts, strict=True):
+            for x in found:
                 if x["fp4_padded"]:
                     return None
                 element = TENSOR_MAP_TYPES.get(x["elem_type"], x["elem_type"])
-                fixed = (x["swizzle"], x["elem_size"], element, x["block_size"], list(shape), list(strides), 0)
-                maps.append((i, fixed))
-        return cls(launch, plan, maps) if type(launch).__name__ == "builtin_function_or_method" else None
+                layouts.append((x["swizzle"], x["elem_size"], element, x["block_size"]))
+        return cls(launch, plan, layouts) if type(launch).__name__ == "builtin_function_or_method" else None
 
-    def __call__(
-        self, grid: tuple[int, int, int], stream: int, addresses: tuple[int, ...], rest: tuple[Any, ...]
-    ) -> None:
+    def __call__(self, bound: Bound, stream: int, addresses: tuple[int, ...]) -> None:
         """Launch."""
-        if self.maps:
-            args: list[Any] = list(addresses)
-            for i, fixed in self.maps:  # from the last on, so that what it grows by moves none that is to come
-                address = addresses[i]
-                seen = self.last.get(i)
+        args: Any = addresses
+        if self.layouts:
+            args, grown, maps = list(addresses), 0, bound.maps
+            for (i, like), layout in zip(bound.described, self.layouts, strict=True):
+                address, seen = addresses[i], maps.get(i)
                 if seen is None or seen[0] != address:
-                    self.last[i] = seen = (address, self.encode(address, *fixed))
-                args[i : i + 1] = (seen[1], *fixed[4], *fixed[5])
-            self.launch(*grid, stream, *self.head, *args, *rest)
-        else:
-            self.launch(*grid, stream, *self.head, *addresses, *rest)
+                    maps[i] = seen = (address, self.encode(address, *layout, like.shape, like.strides, ZEROS))
+                args[i + grown : i + grown + 1] = (seen[1], *like.shape, *like.strides)
+                grown += 2 * len(like.shape)
+        self.launch(*bound.grid, stream, *self.head, *args, *bound.rest)
 
 
+ZEROS: Final = 0  # what the copy engine reads outside a tensor
 # How triton 3.6 numbers element types of descriptors on the device, and how the driver does.
 TENSOR_MAP_TYPES: Final = {8: 10, 9: 8, 10: 9}

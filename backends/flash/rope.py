@@ -11,18 +11,20 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
+from longspan.autotune import overridden
 from longspan.spec import Rotation
 from longspan.spec.checks import check_rerotate, check_rotate, refuse
 from longspan.spec.pairing import Pairing
 
 from ..registry import Unsupported
-from .plan import Bound, memory, recall, remember
+from .plan import Bound, Sightings, memory, recall, remember
 from .rope_function import transformed, turn_, turn_out, turned, watched
 from .rope_function import unit as unit  # noqa: PLC0414 - attention takes it from here
 from .rope_kernel import INTERPRETED, on
 
 DTYPES: Final = (torch.float16, torch.bfloat16, torch.float32)
 REPEATED: Final[dict[Any, "Repeated"]] = memory()  # what `asked` returns, to how it was launched
+SEEN: Final = Sightings()
 LARGEST: Final = 1024  # coordinates of a head: a row of a tile
 
 
@@ -67,11 +69,11 @@ def rotate_qk(
 def asked(position: Tensor, rotation: Rotation, pairing: Pairing, *x: Tensor) -> tuple[Hashable, ...] | None:
     """All of a call but the contents and addresses of its tensors: what its checks read, and what is launched.
 
-    None if autograd, a transform or a compiler watches.
+    None if autograd, a transform or a compiler watches, or if choices are overridden.
     """
     inv_freq, factor, axis = rotation.inv_freq, rotation.attention_factor, rotation.axis
     rows, axes = isinstance(factor, Tensor), axis is not None
-    if watched(*x, position, inv_freq) or (rows and watched(factor)) or (axes and watched(axis)):
+    if overridden() or watched(*x, position, inv_freq) or (rows and watched(factor)) or (axes and watched(axis)):
         return None
     return (
         pairing, layout(position), layout(inv_freq), layout(factor) if rows else factor,
@@ -110,7 +112,7 @@ def turned_as(key: Hashable, rotation: tuple[Any, ...], pairing: Pairing, *x: Te
         return turned(rotation, pairing, *x)
     out, bound = turn_out(x, *rotation, pairing == "interleaved", False)
     _, inv_freq, rows, axis, _ = rotation
-    if bound is not None and inv_freq.stride(-1) == 1:  # else a copy of it was read
+    if bound is not None and inv_freq.stride(-1) == 1 and SEEN.again(key):  # else a copy of it was read
         remember(REPEATED, key, Repeated(bound, rows is not None, axis is not None))
     return out
 
