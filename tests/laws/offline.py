@@ -94,7 +94,7 @@ def compile_all(name: str, cases: list[str]) -> Iterator[dict[str, Any]]:
             results.flush()
             os._exit(0)
         running.append(Compile(kernel.fn.__name__, case, process, results, time.monotonic()))
-        return SimpleNamespace()
+        return None
 
     flash = import_module(FLASH)
     with launches(instead=fork):
@@ -107,15 +107,32 @@ def compile_all(name: str, cases: list[str]) -> Iterator[dict[str, Any]]:
     yield from done
 
 
+class Driver:
+    """What Triton asks of a machine's driver before it launches."""
+
+    def __init__(self, target: Any) -> None:
+        self.target = target
+
+    def get_current_target(self) -> Any:
+        """Be the target."""
+        return self.target
+
+    def get_current_device(self) -> int:
+        """Be the only device."""
+        return 0
+
+    def get_current_stream(self, device: int) -> int:  # noqa: ARG002
+        """Be the default stream."""
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        """Be where the tensors are."""
+        return torch.device("cpu")
+
+
 def pretend(triton: Any, target: Any) -> None:
     """Make Triton, and the checks of every module, take this CPU's tensors for those of the target."""
-    driver = SimpleNamespace(
-        get_current_target=lambda: target,
-        get_current_device=lambda: 0,
-        get_current_stream=lambda _: 0,
-        get_active_torch_device=lambda: torch.device("cpu"),
-    )
-    triton.runtime.driver.set_active(driver)
+    triton.runtime.driver.set_active(Driver(target))
     torch.cuda.get_device_properties = lambda *_: SimpleNamespace(multi_processor_count=PROCESSORS)
     import_module(FLASH)
     for name, module in list(sys.modules.items()):

@@ -10,11 +10,12 @@ from typing import Any, Final
 
 from hypothesis import strategies as st
 
+from .caches import PAGES
 from .problems import Attention, Rotate
 from .strategies import SEEDS, attentions, rotates, splits
 from .table import LAWS, MILD, UNPLACED, Law
 
-MOST: Final = 40  # variants of one kernel
+MOST: Final = 60  # variants of one kernel
 
 # At most 3 queries, or more than count as few: rows of few queries then fill a tile of one size.
 QUERIES = st.one_of(st.sampled_from([0, 1, 1, 2, 3]), st.integers(33, 140), st.sampled_from([33, 64, 65, 128, 129]))
@@ -88,7 +89,10 @@ def attention_variants(draw: st.DrawFn, law: Law) -> Attention:
     """Draw a row, and everything that it leaves free."""
     chosen = dict(draw(st.sampled_from(STATES if merging(law) else FEW.get(law.name, ATTENTION)), label="row"))
     b = 1 if law.operation == "append_" else draw(st.integers(1, 3), label="b")
-    m, n = draw(UNEVEN if merging(law) else QUERIES, label="m"), draw(KEYS, label="n")
+    m, n = (
+        draw(UNEVEN if merging(law) else QUERIES, label="m"),
+        draw(UNEVEN if law.operation == "append_" else KEYS, label="n"),
+    )
     source = FIXED.get(law.name) or draw(st.sampled_from(SEEN if alone(law) else chosen["mask"]))
     moves = chosen["mask"] in {MOVING, ROWS, KEEP} and "documents" not in source
     chosen["mask"] = draw(mask_of(source, b, m, n), label="mask")
@@ -109,6 +113,8 @@ def attention_variants(draw: st.DrawFn, law: Law) -> Attention:
         chosen.update(mean=0.0, sink=100.0)
     if law.name == "dead_slots_change_nothing" and chosen["storage"] == "expand":
         chosen.update(storage="bhmd", d_out_storage="bhmd")
+    if law.operation in {"append_", "attention_paged"}:
+        chosen["index"] = "int64"
     chosen["seed"] = draw(seeds(law, m, chosen), label="seed")
     return draw(attentions(b=b, g=2, r=draw(st.sampled_from([2, 3]), label="r"), m=m, n=n, **chosen))
 
@@ -135,6 +141,8 @@ def seeds(draw: st.DrawFn, law: Law, m: int, chosen: dict[str, Any]) -> int:
     if law.operation == "append_":  # it turns 1 + seed mod d/2 planes
         half = chosen["d"] // 2
         return seed - seed % half + draw(st.sampled_from([half - 1, half // 4]), label="planes, less one")
+    if law.operation == "attention_paged":  # its pages have seed mod the number of sizes
+        return seed - seed % len(PAGES) + draw(st.sampled_from([PAGES.index(16), PAGES.index(48), PAGES.index(64)]))
     return seed
 
 
