@@ -109,7 +109,7 @@ class Planned:
         self.kernel = kernel
         self.plans = memory()
         self.count = -1  # runtime arguments; of a kernel that is not planned, -1
-        if type(kernel) is JITFunction and triton.__version__.startswith(KNOWN) and triton.knobs.runtime:
+        if isinstance(kernel, JITFunction) and triton.__version__.startswith(KNOWN) and triton.knobs.runtime:
             given = [not x.is_constexpr for x in kernel.params]
             runtime = [x for x in kernel.params if not x.is_constexpr]
             if given == sorted(given, reverse=True) and not any(x.annotation_type for x in runtime):
@@ -201,7 +201,7 @@ class Plan:
         self.count = next((i for i, x in enumerate(args) if isinstance(x, int | float)), len(args))
         given = args[: self.count]
         self.slots = [i for i in range(self.count) if aligns[i]]
-        self.described = [i for i, x in enumerate(given) if isinstance(x, TensorDescriptor)]
+        self.described = [i for i, x in enumerate(given) if hasattr(x, "block_shape")]  # triton's, or Gluon's
         self.common = not any(isinstance(x, tuple) for x in given) and not any(
             address_of(given[i]) % ALIGNED for i in self.slots
         )
