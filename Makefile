@@ -1,12 +1,12 @@
 # Every target sets itself up: a fresh Linux machine with Python >= 3.11, git and make is enough.
-# with PYTHON=the interpreter to make .venv from, PIP_ARGS=handed to pip install, ARGS=handed to demo.py, pytest or race.py
+# with PYTHON=the interpreter to make .venv from, PIP_ARGS=handed to pip install, ARGS=handed to demo.py, pytest, tune or race.py
 
 PYTHON ?=
 PIP_ARGS ?=
 ARGS ?=
 export PYTHON PIP_ARGS
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench compiled sanitize wheel clean
+.PHONY: help demo test check tune bench compiled sanitize wheel clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' Makefile
@@ -27,6 +27,10 @@ check: ## every guard that reads the source: style, types, layers, spelling
 	.venv/bin/pyright --pythonpath .venv/bin/python
 	PYTHONPATH=.namespace .venv/bin/lint-imports
 	.venv/bin/codespell
+
+tune: ## measure which launch parameters are fastest on this machine's GPU, once; launches look them up (about 5 minutes)
+	@tools/setup test
+	.venv/bin/longspan tune $(ARGS)
 
 bench: ## race the kernels beside installed peers on this machine's GPU, draw the results, write README and docs/benchmarks.md
 	@tools/setup test

@@ -77,9 +77,9 @@ def current(index: int | None = None) -> Device | None:
     seen: Any = torch.cuda.get_device_properties(torch.cuda.current_device() if index is None else index)
     hip = torch.version.hip is not None
     arch = seen.gcnArchName.partition(":")[0] if hip else f"sm_{seen.major}{seen.minor}"
-    optin = getattr(seen, "shared_memory_per_block_optin", 0) or SHARED.get(arch, 48 * KIB)
+    shared = getattr(seen, "shared_memory_per_block_optin", 0) or SHARED.get(arch, 48 * KIB)
     return Device(
-        arch=arch, multiprocessors=seen.multi_processor_count, l2=seen.L2_cache_size, shared=optin, name=seen.name
+        arch=arch, multiprocessors=seen.multi_processor_count, l2=seen.L2_cache_size, shared=shared, name=seen.name
     )
 
 

@@ -22,7 +22,15 @@ MODULES = [
     for folder in FOLDERS
     for module in (folder, *(found.name for found in walk_packages(import_module(folder).__path__, f"{folder}.")))
 ]
-PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/benchmarks.md", "docs/compiled.md", "docs/notes.md")
+PAGES = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "docs/autotune.md",
+    "docs/benchmarks.md",
+    "docs/compiled.md",
+    "docs/notes.md",
+)
 
 # The installed wheel is tested in a directory that holds the tests alone.
 from_sources = pytest.mark.skipif(not (ROOT / "spec").is_dir(), reason="needs the sources")

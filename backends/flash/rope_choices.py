@@ -1,7 +1,6 @@
 """How a rotation is cut up: what was tuned on this GPU (`longspan.autotune`), or else by a documented heuristic."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
 from longspan.autotune import Asked, Lookup, Values
@@ -27,8 +26,7 @@ class RopeChoice(NamedTuple):
     num_warps: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class RopeKey:
+class RopeKey(NamedTuple):
     """What a choice may depend on: sizes are rounded, tokens down, the rest up, to powers of two.
 
     Attributes:
@@ -82,7 +80,9 @@ def power_of_two(n: int) -> int:
 
 def asked(key: RopeKey) -> Asked:
     """Write a key as tables know it."""
-    return Asked("flash.rotate", key.architecture, {name: x for name, x in vars(key).items() if name != "architecture"})
+    return Asked(
+        "flash.rotate", key.architecture, {name: x for name, x in key._asdict().items() if name != "architecture"}
+    )
 
 
 def build(key: RopeKey, values: Values) -> RopeChoice:
