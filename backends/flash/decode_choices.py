@@ -161,12 +161,13 @@ def choose_few(key: FewKey) -> FewChoice:
     """Choose tiles by architecture and width, then splits so that the programs fill the machine."""
     if key.architecture == "interpreter":
         return FewChoice(tile_m=16, tile_n=16, num_warps=1, num_stages=1, splits=3)
+    key = replace(key, descriptors=copied(key))
     tiles = tiles_for(key, key.rows)
     programs = key.heads * -(-key.rows // tiles.tile_m)
     splits = splits_for(programs, key.processors * tiles.resident, -(-key.keys // max(LEAST, tiles.tile_n)))
     return FewChoice(
         tile_m=tiles.tile_m, tile_n=tiles.tile_n, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
-        splits=splits, descriptors=key.descriptors and key.architecture in LARGE, early=key.architecture in HOPPER,
+        splits=splits, descriptors=key.descriptors, early=key.architecture in HOPPER,
     )  # fmt: skip
 
 
@@ -177,7 +178,7 @@ def choose_paged(key: PagedKey) -> PagedChoice:
     """
     if key.architecture == "interpreter":
         return PagedChoice(tile_m=16, tile_n=16, num_warps=1, num_stages=1, wanted=3, least=1)
-    key = replace(key, descriptors=key.descriptors and key.page % SMALLEST == 0 and key.architecture in LARGE)
+    key = replace(key, descriptors=copied(key) and key.page % SMALLEST == 0)
     tiles = tiles_for(key, -(-key.rows // max(key.sequences, 1)))
     tile_n = SMALLEST if key.descriptors and key.page % tiles.tile_n else tiles.tile_n
     places = key.processors * max(1, tiles.resident * tiles.tile_n // tile_n)
@@ -199,9 +200,14 @@ def tiles_for(key: FewKey | PagedKey, rows: int) -> Tiles:
     )  # fmt: skip
 
 
+def copied(key: FewKey | PagedKey) -> bool:
+    """Whether the copy engine shall load the tiles: where it can, and of two bytes, for which registers suffice."""
+    return key.descriptors and key.architecture in LARGE and key.itemsize == 2
+
+
 def tallest(key: FewKey | PagedKey) -> int:
     """Rows of the tallest tile: prompts that are read in chunks want it as tall as fits."""
-    roomy = isinstance(key, PagedKey) and key.architecture in LARGE and key.width <= 256 and key.itemsize == 2
+    roomy = isinstance(key, PagedKey) and key.architecture in LARGE and key.width <= 128 and key.itemsize == 2
     return 128 if roomy else 64
 
 
@@ -222,10 +228,10 @@ def tiles_by_rule(key: TileKey) -> Tiles:
     tile_m, width = key.rows, key.width
     if key.itemsize == 4:
         return Tiles(16, 32 if width <= 128 else 16, 4, 2 if width <= 256 else 1, 2)
+    if width > 256:
+        return Tiles(min(tile_m, 32), 32, 8, 3, 2) if key.architecture in LARGE else Tiles(16, 16, 8, 2, 2)
     if key.architecture.startswith("gfx"):
         return Tiles(tile_m, 64 if width <= 128 else 32, 4, 2 if width <= 64 else 1, 2)
-    if width > 256:
-        return Tiles(tile_m, 32 if tile_m > 16 else 16, 8, 2, 1)
     if key.architecture in LARGE:
         return large(tile_m, width, key.descriptors)
     if width > 128:

@@ -226,7 +226,7 @@ def few_kernel(  # noqa: C901, PLR0915 - a flag is compiled away
 
 @triton.jit
 def merge_parts(
-    parts, logs, sink, out, lse, place, stride, count, line, e,
+    parts, logs, sink, sink_at, out, lse, place, stride, count, line, e,
     S: tl.constexpr, BLOCK: tl.constexpr, E: tl.constexpr, SINK: tl.constexpr,
 ):  # fmt: skip
     """Merge ``count`` parts of one row, which lie ``stride`` rows apart from ``place`` on, and add a sink there.
@@ -244,7 +244,7 @@ def merge_parts(
     top = tl.max(log, 0)
     blind = top == -float("inf")
     if SINK:
-        score = tl.load(sink).to(tl.float32)
+        score = tl.load(sink + sink_at).to(tl.float32)
         top = tl.maximum(top, score * 1.4426950408889634)
     shift = tl.where(top == -float("inf"), 0.0, top)
     weight = tl.exp2(log - shift)
@@ -257,12 +257,12 @@ def merge_parts(
         mean = tl.zeros([E], tl.float32)
         for begin in tl.range(0, count, BLOCK):
             one = begin + tl.arange(0, BLOCK)
-            weight = tl.exp2(tl.load(logs + place + one * stride, mask=one < count, other=-float("inf")) - shift)
-            part = tl.load(
+            share_of = tl.exp2(tl.load(logs + place + one * stride, mask=one < count, other=-float("inf")) - shift)
+            some = tl.load(
                 parts + (place + one * stride)[:, None] * e + across[None, :],
                 mask=(one < count)[:, None] & (across < e)[None, :], other=0.0,
             )  # fmt: skip
-            mean += tl.sum(weight[:, None] * part, 0)
+            mean += tl.sum(share_of[:, None] * some, 0)
     empty = total == 0
     total = tl.where(empty, 1.0, total)
     log_sum = tl.where(empty, -float("inf"), (shift + tl.log2(total)) * 0.6931471805599453)
@@ -283,7 +283,6 @@ def few_merge_kernel(
         gdc_wait()
     line = tl.program_id(0).to(tl.int64)
     head = line // m
-    at = sink
-    if SINK:
-        at = sink + head // h * sink_b + head % h
-    merge_parts(parts, logs, at, out, lse, line * splits, 1, splits, line, e, S, BLOCK, E, SINK)
+    merge_parts(
+        parts, logs, sink, head // h * sink_b + head % h, out, lse, line * splits, 1, splits, line, e, S, BLOCK, E, SINK
+    )

@@ -112,27 +112,27 @@ def load_paged(
 ):  # fmt: skip
     """Load keys [begin, begin + N) of a head: [N, W]. A key that is not live is zero, or what its slot holds."""
     if DESCRIPTOR:
-        return pool.load([page.to(tl.int32), head.to(tl.int32), begin % PAGE, 0]).reshape([N, W])
-    pool += head * stride_h
-    down = tl.arange(0, N)
-    across = tl.arange(0, W)
-    if PAGE % N == 0:
-        origin = pool + page * stride_p + (begin % PAGE).to(tl.int64) * stride_n
-        if FAR:
-            at = origin + down.to(tl.int64)[:, None] * stride_n + across[None, :]
+        tile = pool.load([page.to(tl.int32), head.to(tl.int32), begin % PAGE, 0]).reshape([N, W])
+    else:
+        down = tl.arange(0, N)
+        across = tl.arange(0, W)
+        if PAGE % N == 0:
+            origin = pool + head * stride_h + page * stride_p + (begin % PAGE).to(tl.int64) * stride_n
+            if FAR:
+                at = origin + down.to(tl.int64)[:, None] * stride_n + across[None, :]
+            else:
+                at = origin + down[:, None] * stride_n + across[None, :]
         else:
-            at = origin + down[:, None] * stride_n + across[None, :]
-    else:
-        row = page * stride_p + ((begin + down) % PAGE).to(tl.int64) * stride_n
-        at = pool + row[:, None] + across[None, :]
-    if CUT and WHOLE:
-        tile = tl.load(at, mask=live[:, None], other=0.0)
-    elif CUT:
-        tile = tl.load(at, mask=live[:, None] & (across < width)[None, :], other=0.0)
-    elif WHOLE:
-        tile = tl.load(at)
-    else:
-        tile = tl.load(at, mask=(across < width)[None, :], other=0.0)
+            row = page * stride_p + ((begin + down) % PAGE).to(tl.int64) * stride_n
+            at = pool + head * stride_h + row[:, None] + across[None, :]
+        if CUT and WHOLE:
+            tile = tl.load(at, mask=live[:, None], other=0.0)
+        elif CUT:
+            tile = tl.load(at, mask=live[:, None] & (across < width)[None, :], other=0.0)
+        elif WHOLE:
+            tile = tl.load(at)
+        else:
+            tile = tl.load(at, mask=(across < width)[None, :], other=0.0)
     return tile
 
 
@@ -319,7 +319,4 @@ def paged_merge_kernel(
     head = key_head * group + row % group
     place = ((parted + tile * split) * heads_of_keys + key_head) * M + lane
     line = (start + i).to(tl.int64) * h + head
-    at = sink
-    if SINK:
-        at = sink + head
-    merge_parts(parts, logs, at, out, lse, place, heads_of_keys * M, split, line, e, S, BLOCK, E, SINK)
+    merge_parts(parts, logs, sink, head, out, lse, place, heads_of_keys * M, split, line, e, S, BLOCK, E, SINK)
