@@ -14,11 +14,13 @@ from longspan.backends import Backend, flash
 from longspan.backends.flash.launch import quiet
 from longspan.laws import LAWS, SMALL
 from longspan.laws.kernel_mutants import KERNEL_MUTANTS, KernelMutant
+from longspan.laws.kernel_races import RACES
 from longspan.laws.kernels import kernels, launches
 from longspan.laws.planting import planted
+from longspan.laws.problems import Attention
 from longspan.laws.strategies import attentions, rotates
 
-pytestmark = pytest.mark.skipif(not flash.INTERPRETED, reason="mutants of kernels are interpreted")
+interpreted = pytest.mark.skipif(not flash.INTERPRETED, reason="mutants of kernels are interpreted")
 TRIES = 12  # problems; most mutants fall to the first
 CHECKS = {law.name: law for law in LAWS}
 # What every problem has unless a mutant needs something else: each is served, and small.
@@ -76,6 +78,7 @@ def check_of(mutant: KernelMutant) -> Callable[..., float]:
     return CHECKS[mutant.law].check if mutant.law in CHECKS else far_tensors_are_near_tensors
 
 
+@interpreted
 @pytest.mark.parametrize("mutant", KERNEL_MUTANTS, ids=lambda mutant: mutant.name)
 def test_law_rejects(mutant: KernelMutant, tmp_path: Path) -> None:
     check = check_of(mutant)
@@ -98,3 +101,23 @@ def test_every_kernel_has_a_mutant() -> None:
 def test_every_name_is_used_once() -> None:
     names = [mutant.name for mutant in KERNEL_MUTANTS]
     assert len(set(names)) == len(names)
+
+
+@pytest.mark.skipif(flash.unavailable() is not None, reason=str(flash.unavailable()))
+@pytest.mark.parametrize("race", RACES, ids=lambda race: race.name)
+def test_a_gpu_shows_races_that_an_interpreter_does_not(race: KernelMutant, tmp_path: Path) -> None:
+    on_gpu = not flash.INTERPRETED
+    problem = Attention(h=2, g=2, m=64, n=4096 if on_gpu else 96, d=64, e=64, amplitude=0.1, seed=1)
+    check = CHECKS[race.law].check
+
+    def often(backend: Backend) -> None:
+        for _ in range(20 if on_gpu else 1):
+            check(backend, problem, "cuda" if on_gpu else "cpu")
+
+    with planted(race.name, race.edits, tmp_path) as backend:
+        if on_gpu:
+            with pytest.raises(AssertionError):
+                often(backend)
+        else:
+            often(backend)
+    often(flash)
