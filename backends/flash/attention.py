@@ -11,7 +11,6 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from longspan.autotune import overridden
 from longspan.spec import AttentionState
 from longspan.spec.checks import check_attention, check_lengths, check_ragged
 from longspan.spec.masks import Mask, documents, everything
@@ -105,18 +104,12 @@ def asked(
 ) -> tuple[Hashable, ...] | None:  # fmt: skip
     """All of a call but the contents and addresses of its tensors: what its checks read, and what is launched.
 
-    None if autograd, a transform or a compiler watches, if choices are overridden, or if equal keys could be different
-    calls (True is 1, but no offset). Terms of a mask that hold tensors equal only themselves, and are not remembered:
-    their contents may change.
+    None if autograd, a transform or a compiler watches, or if equal keys could be different calls (True is 1, but no
+    offset). Terms of a mask that hold tensors equal only themselves, and are not remembered: their contents may change.
     """
     if type(mask) is not Mask or type(k_offset) is not int or type(q_offset) not in OFFSETS:
         return None
-    if (
-        overridden()
-        or watched(q, k, v)
-        or (sink is not None and watched(sink))
-        or (alibi is not None and watched(alibi))
-    ):
+    if watched(q, k, v) or (sink is not None and watched(sink)) or (alibi is not None and watched(alibi)):
         return None
     return (
         q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype,

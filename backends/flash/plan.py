@@ -65,15 +65,20 @@ class Sightings:
 def recall(known: dict[Any, Any], key: Hashable) -> Any:
     """Look a value up, or None; no argument is so wrong that this fails before it is checked."""
     try:
-        return None if overridden() else known.get(key)
+        value = known.get(key)
+        return None if value is None or overridden() else value
     except TypeError:  # it holds something that has no hash
         return None
 
 
 def remember(known: dict[Any, Any], key: Hashable, value: object) -> None:
-    """Keep a value; a program that never asks the same again (growing caches) must not grow for it."""
-    if overridden():
-        return  # it was made under a choice that is not the one that serves
+    """Keep how a problem is launched, unless a choice was overridden, which is not the one that serves."""
+    if not overridden():
+        keep(known, key, value)
+
+
+def keep(known: dict[Any, Any], key: Hashable, value: object) -> None:
+    """Keep a value; a program that never asks the same again must not grow for it."""
     if len(known) >= MANY:
         known.clear()
     known[key] = value
@@ -150,7 +155,7 @@ class Planned:
             if type(compiled) is not CompiledKernel or compiled.function is None:
                 return None  # something that is not known
             plan = Plan(compiled, device, args, self.modes[2], self.constants)
-            remember(self.plans, key, plan)
+            keep(self.plans, key, plan)
         else:
             plan(grid, args)
         return Bound(plan, grid, args) if plan.common else None

@@ -11,7 +11,6 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
-from longspan.autotune import overridden
 from longspan.spec import Rotation
 from longspan.spec.checks import check_rerotate, check_rotate, refuse
 from longspan.spec.pairing import Pairing
@@ -69,11 +68,11 @@ def rotate_qk(
 def asked(position: Tensor, rotation: Rotation, pairing: Pairing, *x: Tensor) -> tuple[Hashable, ...] | None:
     """All of a call but the contents and addresses of its tensors: what its checks read, and what is launched.
 
-    None if autograd, a transform or a compiler watches, or if choices are overridden.
+    None if autograd, a transform or a compiler watches.
     """
     inv_freq, factor, axis = rotation.inv_freq, rotation.attention_factor, rotation.axis
     rows, axes = isinstance(factor, Tensor), axis is not None
-    if overridden() or watched(*x, position, inv_freq) or (rows and watched(factor)) or (axes and watched(axis)):
+    if watched(*x, position, inv_freq) or (rows and watched(factor)) or (axes and watched(axis)):
         return None
     return (
         pairing, layout(position), layout(inv_freq), layout(factor) if rows else factor,
