@@ -139,7 +139,7 @@ def load_paged(
 @planned
 @triton.jit(
     do_not_specialize=[
-        "sink_b", "b", "tokens", "low", "high", "prefix", "keep", "chunk", "other", "reach", "capacity", "wanted",
+        "table_b", "b", "tokens", "low", "high", "prefix", "keep", "chunk", "other", "reach", "capacity", "wanted",
         "least",
     ],
     do_not_specialize_on_alignment=["q_lengths", "table", "lengths", "sink", "alibi"],
