@@ -56,23 +56,29 @@ class Compiler:
 
     Args:
         sources: Import strings of sequences of families.
-        target: Backend, architecture and lanes.
-        multiprocessors: Of the device; launches may ask.
     """
 
-    def __init__(self, sources: list[str], target: tuple[str, int | str, int], multiprocessors: int = 0) -> None:
+    def __init__(self, sources: list[str]) -> None:
+        self.families, self.aimed = families(sources), None
+
+    def aim(self, target: list[Any], multiprocessors: int) -> None:
+        """Take a GPU for the current one: its backend, architecture and lanes, and how many multiprocessors it has."""
         import torch  # noqa: PLC0415 - a worker alone compiles
         from triton.runtime import driver  # noqa: PLC0415
 
         stand_in: Any = Offline(*target)
         driver.set_active(stand_in)
         about: Any = SimpleNamespace(multi_processor_count=multiprocessors or USUAL)
-        torch.cuda.get_device_properties = lambda *_: about
-        self.families = families(sources)
+        torch.cuda.get_device_properties = lambda *_: about  # launches may ask
+        self.aimed = target
 
-    def compile(self, family: str, case: dict[str, Any], choice: dict[str, Any]) -> dict[str, Any]:
+    def compile(
+        self, family: str, case: dict[str, Any], choice: dict[str, Any], target: list[Any], multiprocessors: int
+    ) -> dict[str, Any]:
         """Compile what one launch launches; the resources of its hungriest kernel, and the seconds spent."""
         begin = time.monotonic()
+        if self.aimed != target:
+            self.aim(target, multiprocessors)
         owner = self.families[family]
         with recorded() as kernels, override({family: choice}):
             owner.prepare(Case(**case), "cpu", False)()  # noqa: FBT003 - nothing is filled in
@@ -80,8 +86,8 @@ class Compiler:
             msg = f"preparing {family} launched no kernel that Triton compiled"
             raise RuntimeError(msg)
         used = [resources(kernel) for kernel in kernels]
-        return {"resources": {name: max(one.get(name, 0) for one in used) for name in used[0]},
-                "seconds": time.monotonic() - begin}  # fmt: skip
+        most = {name: max(one.get(name, 0) for one in used) for name in used[0]}
+        return {"resources": most, "seconds": time.monotonic() - begin}
 
 
 @contextmanager

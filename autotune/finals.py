@@ -27,12 +27,15 @@ class Finals:
         ask: Has the measuring worker do something, and waits for it.
         faults: Where those who fail are listed.
         exhaustive: Whether everybody is a finalist.
+        brisk: Whether there is little time: half as many finalists and launches.
     """
 
     def __init__(
-        self, journal: Journal, ask: Callable[..., Outcome], faults: list[Fault], *, exhaustive: bool = False
-    ) -> None:
+        self, journal: Journal, ask: Callable[..., Outcome], faults: list[Fault], *, exhaustive: bool = False,
+        brisk: bool = False,
+    ) -> None:  # fmt: skip
         self.journal, self.ask, self.faults, self.exhaustive = journal, ask, faults, exhaustive
+        self.most, self.launches = (FINALISTS // 2, LAUNCHES // 2) if brisk else (FINALISTS, LAUNCHES)
 
     def conclude(self, entry: Entry) -> None:
         """Hold the final of a key, and write its winner down once it was verified again.
@@ -60,7 +63,7 @@ class Finals:
         """Who is in the final of a key."""
         if self.exhaustive:
             return [one.name for one in entry.raced]
-        return finalists({one.name: one.times for one in entry.raced}, entry.heuristic)
+        return finalists({one.name: one.times for one in entry.raced}, entry.heuristic, self.most)
 
     def final(self, entry: Entry, names: list[str]) -> dict[str, list[float]]:
         """Race finalists; a final that dies is held again, and then without whoever dies alone."""
@@ -84,7 +87,7 @@ class Finals:
         """One final."""
         choices = [dict(entry.candidates[name].choice) for name in names]
         seconds = FINAL + 2.0 * len(names)
-        return self.ask(entry, "final", seconds, choices=choices, rounds=ROUNDS, launches=LAUNCHES)
+        return self.ask(entry, "final", seconds, choices=choices, rounds=ROUNDS, launches=self.launches)
 
     def expel(self, entry: Entry, name: str, status: str, message: str) -> None:
         """Take a finalist out for good."""

@@ -116,6 +116,11 @@ class Pool:
         self.waiting.append(Job(tag, method, arguments, seconds))
         self.dispatch()
 
+    def warm(self) -> None:
+        """Start all workers now: what they import need not wait until there is work."""
+        while len(self.processes) < self.count:
+            self.processes.append(self.start())
+
     @property
     def pending(self) -> int:
         """Jobs that have no outcome yet."""

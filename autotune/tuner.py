@@ -17,7 +17,8 @@ from .pool import Outcome, Pool, wait
 
 COMPILE: Final = 90.0  # seconds that one compilation may take
 TRIAL: Final = 60.0  # and one trial: verification, compilation of what was not compiled ahead, a few launches
-RESERVE: Final = 4.0  # seconds kept for the final of a key
+RESERVE: Final = 2.0  # seconds kept for the final of a key
+BRISK: Final = 150.0  # seconds of a budget below which finals are half as long
 SUSPECT: Final = 100_000
 
 
@@ -56,14 +57,15 @@ class Tuner:
         return [entry for entry in self.entries if not entry.finished]
 
     def run(self, budget: float) -> None:
-        """Tune within so many seconds; finals that are begun are ended."""
-        self.begun = time.monotonic()
-        reserve = min(0.5 * budget, RESERVE * len(self.open)) if self.measurers is not None else 0.0
+        """Tune until so many seconds after the beginning; finals that are begun are ended."""
+        brisk = budget < BRISK
+        each = RESERVE / 2 if brisk else RESERVE
+        reserve = min(0.5 * budget, each * len(self.open)) if self.measurers is not None else 0.0
         self.trials(self.begun + budget - reserve)
         if self.measurers is None:
             return
         self.stage = "finals"
-        finals = Finals(self.journal, self.ask, self.faults, exhaustive=self.exhaustive)
+        finals = Finals(self.journal, self.ask, self.faults, exhaustive=self.exhaustive, brisk=brisk)
         self.compilers.close()  # nobody else on the machine while finalists are timed
         for entry in self.open:
             if time.monotonic() > self.begun + budget:
@@ -106,6 +108,7 @@ class Tuner:
             self.compilers.submit(
                 ("compile", entry, candidate), "compile", COMPILE,
                 family=entry.family.name, case=entry.fields, choice=dict(candidate.choice),
+                target=list(self.device.target), multiprocessors=self.device.multiprocessors,
             )  # fmt: skip
 
     def twins(self, entry: Entry, candidate: Candidate) -> list[Candidate]:

@@ -1,6 +1,7 @@
 """`longspan tune`: measure which launch parameters are fastest on this GPU, once, and keep them."""
 
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -88,16 +89,17 @@ def run(asked: Asked) -> int:
     chosen = pick(families(asked.sources), asked.kernels)
     if not triton_version():
         refused("the installation", "one with triton", "none; the spec, eager and sdpa need no tuning")
+    begun = time.monotonic()
     with ExitStack() as stack:
+        compilers = stack.enter_context(compile_pool(asked))  # they start while the GPU is looked at
         device, measurers = machine(asked, stack)
         journal = Journal(place())
         stack.callback(journal.close)
         cases = None if asked.model is None else launched(asked.model, asked.context, chosen, device.arch)
         entries = plan(chosen, device, journal, triton_version(), fresh=asked.fresh, cases=cases)
-        compilers = stack.enter_context(compile_pool(asked, device))
         page = console()
         tuner = Tuner(entries=entries, journal=journal, device=device, compilers=compilers, measurers=measurers,
-                      exhaustive=asked.exhaustive)  # fmt: skip
+                      exhaustive=asked.exhaustive, begun=begun)  # fmt: skip
         with Watch(page, asked.budget, quiet=asked.as_json) as watch:
             watch.begin(tuner)
             tuner.watch = watch
@@ -202,16 +204,15 @@ def alone(uuid: str) -> AbstractContextManager[Any]:
     return lock if lock.is_locked else nullcontext()
 
 
-def compile_pool(asked: Asked, device: Device) -> Pool:
-    """Make the compile workers: one a core, but for the coordinator's and the measuring worker's."""
+def compile_pool(asked: Asked) -> Pool:
+    """Start the compile workers: one a core, but for the coordinator's and the measuring worker's."""
     cores = len(os.sched_getaffinity(0))
-    count = asked.workers or max(1, cores - (1 if asked.compile_only or cores > 2 else 0))
-    servant = {
-        "sources": list(asked.sources), "target": list(device.target), "multiprocessors": device.multiprocessors,
-    }  # fmt: skip
+    count = asked.workers or max(1, cores - (2 if cores > 4 and not asked.compile_only else 1 if cores > 2 else 0))
     # What a worker must not do: interpret, or look for threads that the others need.
     environment = {"TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
-    return Pool(asked.compiler, servant, count=count, memory=MEMORY, environment=environment)
+    pool = Pool(asked.compiler, {"sources": list(asked.sources)}, count=count, memory=MEMORY, environment=environment)
+    pool.warm()
+    return pool
 
 
 def keep(asked: Asked, device: Device, entries: Sequence[Entry], journal: Journal) -> None:

@@ -119,10 +119,10 @@ class Scripted:
 class Compiler:
     """Stands in for the one that compiles: a choice's ``compile`` says what becomes of it."""
 
-    def __init__(self, sources: list[str], target: Any, multiprocessors: int = 0) -> None:
-        del sources, target, multiprocessors
+    def __init__(self, sources: list[str]) -> None:
+        del sources
 
-    def compile(self, family: str, case: dict[str, Any], choice: dict[str, Any]) -> dict[str, Any]:  # noqa: ARG002
+    def compile(self, family: str, case: dict[str, Any], choice: dict[str, Any], **target: Any) -> dict[str, Any]:  # noqa: ARG002
         """Do as the choice says."""
         match choice.get("compile", "well"):
             case "aborts":

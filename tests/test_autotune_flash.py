@@ -154,7 +154,10 @@ def recompiled() -> dict[tuple[str, str], Any]:
     found: dict[tuple[str, str], Any] = {}
     environment = {"TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
     for device in {owner for owner, _ in SHIPPED}:
-        servant = {"sources": list(SOURCES), "target": device.target, "multiprocessors": device.multiprocessors}
+        servant, target = (
+            {"sources": list(SOURCES)},
+            {"target": device.target, "multiprocessors": device.multiprocessors},
+        )
         with Pool(
             "longspan.autotune.compiler:Compiler", servant, count=os.cpu_count() or 1, environment=environment
         ) as pool:
@@ -164,7 +167,7 @@ def recompiled() -> dict[tuple[str, str], Any]:
                 if owner == device and tag not in found:
                     found[tag] = None
                     fields = {"key": dict(case.key), "problem": dict(case.problem), "variant": dict(case.variant)}
-                    pool.submit(tag, "compile", 300, family=row["family"], case=fields, choice=row["choice"])
+                    pool.submit(tag, "compile", 300, family=row["family"], case=fields, choice=row["choice"], **target)
             found.update({outcome.tag: outcome for outcome in every(pool)})
     return found
 

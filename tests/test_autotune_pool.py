@@ -13,7 +13,7 @@ import pytest
 from longspan.autotune.pool import Outcome, Pool, every
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="sessions and limits of Linux")
-SOURCES: dict[str, Any] = {"sources": [], "target": None}
+SOURCES: dict[str, Any] = {"sources": []}
 
 
 def jobs(*ways: str, seconds: float = 30.0, **settings: Any) -> dict[Any, Outcome]:
@@ -88,7 +88,7 @@ def test_closing_a_pool_leaves_no_process_behind() -> None:
 PARENT = """
 import time
 from longspan.autotune.pool import Pool
-pool = Pool("fake_kernels:Compiler", {"sources": [], "target": None})
+pool = Pool("fake_kernels:Compiler", {"sources": []})
 pool.submit(1, "compile", 600, family="f", case={}, choice={"compile": "hangs"})
 while not pool.processes[0].job:
     pool.take()
