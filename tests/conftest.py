@@ -17,7 +17,8 @@ if not torch.cuda.is_available():
 if any(name.startswith("longspan.spec") for name in sys.modules):
     msg = "longspan.spec was imported before tests/conftest.py could instrument it"
     raise pytest.UsageError(msg)
-CHECKED = find_spec("beartype") is not None
+THOROUGH = os.environ.get("HYPOTHESIS_PROFILE") == "gpu"  # a thousand examples, of shapes that every other run checks
+CHECKED = find_spec("beartype") is not None and not THOROUGH
 if CHECKED:
     from jaxtyping import install_import_hook
 
@@ -46,5 +47,5 @@ def pytest_report_header() -> list[str]:
     """State what a result depends on: a bug report that pastes the header is complete."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     versions = ", ".join(f"{package} {installed(package)}" for package in ("torch", "triton", "numpy", "transformers"))
-    shapes = "checked at every call" if CHECKED else "not checked: beartype is not installed"
+    shapes = "checked at every call" if CHECKED else "not checked: no beartype, or the profile gpu"
     return [f"longspan: {device}; {versions}", f"longspan: shapes of longspan.spec are {shapes}"]

@@ -8,20 +8,21 @@ compiles it.
 import os
 import sys
 import tempfile
+import traceback
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from contextlib import suppress
 from hashlib import sha256
 from importlib import import_module
 from pathlib import Path
-from subprocess import run as spawn
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 
 from longspan.backends import Unsupported, eager
 
+from .calls import tensors
 from .kernels import FLASH, launches
 from .offline import TARGETS, pretend
 from .variants import VARIANT_LAWS
@@ -41,11 +42,9 @@ class Shadow:
 
         def operation(*args: Any, **kwargs: Any) -> Any:
             with suppress(Unsupported):
-                result = launching(*args, **kwargs)
-                found = [x for x in (result if isinstance(result, tuple) else (result,)) if isinstance(x, torch.Tensor)]
-                back = [x for x in found if x.requires_grad]
+                back = [x for x in tensors((launching(*args, **kwargs),)) if x.requires_grad]
+                leaves = [x for x in tensors((args, kwargs)) if x.requires_grad]
                 if back:
-                    leaves = [x for x in args if isinstance(x, torch.Tensor) and x.requires_grad]
                     torch.autograd.grad(back, leaves, [torch.zeros_like(x) for x in back], allow_unused=True)
             return exact(*args, **kwargs)
 
@@ -69,8 +68,7 @@ def kinds(law: str, examples: int, home: Path) -> Counter[str]:
             seen[kernel.fn.__name__] += 1
             child = os.fork()
             if child == 0:
-                run(kernel, *args, **{**kwargs, "warmup": True})
-                os._exit(0)
+                finish(lambda: run(kernel, *args, **{**kwargs, "warmup": True}))
             children.append(child)
         return None
 
@@ -91,27 +89,53 @@ def kinds(law: str, examples: int, home: Path) -> Counter[str]:
     return seen
 
 
+def finish(work: Callable[[], object]) -> NoReturn:
+    """Do what a forked process is for, and end it, whatever happens: it must not go on as its parent."""
+    status = 1
+    try:
+        work()
+        status = 0
+    except Exception:  # noqa: BLE001 - it is printed, and the status says so
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def forked(law: str, examples: int, home: Path) -> int:
+    """Warm a law in a process of its own; its number."""
+    child = os.fork()
+    if child == 0:
+        finish(lambda: sys.stdout.write(f"{law}: {dict(kinds(law, examples, home))}\n"))
+    return child
+
+
 def main() -> None:
-    """Warm all laws, each in a process, or one."""
-    target, *rest = sys.argv[1:]
-    if not rest:
-        with tempfile.TemporaryDirectory() as home:
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
-                commands = [
-                    [sys.executable, "-m", __spec__.name, target, law, str(EXAMPLES), home] for law in VARIANT_LAWS
-                ]
-                failed = sum(pool.map(lambda command: spawn(command, check=False).returncode != 0, commands))  # noqa: S603
-            total = Counter(file.name.split("-")[0] for file in Path(home).iterdir())
-            sys.stdout.write(f"variants: {dict(total)}\n")
-        sys.exit(failed > 0)
-    import triton  # noqa: PLC0415
+    """Warm all laws, or one."""
+    import triton  # noqa: PLC0415 - after TRITON_INTERPRET was looked at
     from triton.backends.compiler import GPUTarget  # noqa: PLC0415
 
+    target, *rest = sys.argv[1:]
     machine = TARGETS[target]
     torch.set_num_threads(1)
     pretend(triton, GPUTarget(machine.backend, machine.arch, machine.warp))
-    law, examples, home = rest
-    sys.stdout.write(f"{law}: {dict(kinds(law, int(examples), Path(home)))}\n")
+    if rest:
+        law, examples, home = rest
+        sys.stdout.write(f"{law}: {dict(kinds(law, int(examples), Path(home)))}\n")
+        return
+    failures, running, waiting = 0, 0, list(VARIANT_LAWS)
+    with tempfile.TemporaryDirectory() as home:
+        while waiting or running:
+            if waiting and running < (os.cpu_count() or 1):
+                forked(waiting.pop(0), EXAMPLES, Path(home))
+                running += 1
+            else:
+                failures += os.wait()[1] != 0
+                running -= 1
+        total = Counter(file.name.split("-")[0] for file in Path(home).iterdir())
+    sys.stdout.write(f"variants: {dict(total)}\n")
+    sys.exit(failures > 0)
 
 
 if __name__ == "__main__":
