@@ -6,7 +6,7 @@ or offsets differ, from four a sequence; nothing is loaded per row. Rows: ``firs
 Shapes: b batch, m queries, n keys.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,8 +58,14 @@ def lower(
         each = [x if isinstance(x, Tensor) else torch.full((b,), x, device=device) for x in moving]
         sequences = torch.stack(each, dim=1).clamp(-FARTHEST, FARTHEST).to(torch.int32)
         return Lowered(None, sequences, -m, n, n, 0, 0)
-    low, high, stop, position = (min(max(int(x), -FARTHEST), FARTHEST) for x in moving)
+    low, high, stop, position = map(clamped, moving)
     return Lowered(None, None, low, high, stop, position, 0)
+
+
+def clamped(x: Any) -> Any:
+    """Give kernels a number that they can hold; one that stands for any length stays one, and is not looked at."""
+    x = x if isinstance(x, int | torch.SymInt) else int(x)
+    return min(max(x, -FARTHEST), FARTHEST)
 
 
 def all_seen(lowered: Lowered, m: int, n: int) -> bool:
