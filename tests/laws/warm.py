@@ -66,6 +66,8 @@ def kinds(law: str, examples: int, home: Path) -> Counter[str]:
         with suppress(FileExistsError):
             (home / f"{kernel.fn.__name__}-{sha256(key.encode()).hexdigest()}").touch(exist_ok=False)
             seen[kernel.fn.__name__] += 1
+            while children:  # one compile at a time for each law: there are as many laws at a time as processors
+                os.waitpid(children.pop(), 0)
             child = os.fork()
             if child == 0:
                 finish(lambda: run(kernel, *args, **{**kwargs, "warmup": True}))
