@@ -127,17 +127,20 @@ class Cuda:
         """Capture every call, over and over; seconds of one of them, replay by replay."""
         torch = self.torch
         cycles = max(1, math.ceil(GRAPH / (rough * len(calls))))
-        side = torch.cuda.Stream()
+        side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
         with torch.cuda.stream(side):
             for call in calls:
                 call()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for _ in range(cycles):
-                for call in calls:
-                    call()
+            side.synchronize()
+            graph.capture_begin()  # not torch.cuda.graph, which collects garbage for a tenth of a second first
+            try:
+                for _ in range(cycles):
+                    for call in calls:
+                        call()
+            finally:
+                graph.capture_end()
         graph.replay()
+        torch.cuda.synchronize()
         return lambda launches: [self.event(graph.replay) / (cycles * len(calls)) for _ in range(launches)]
 
     def rest(self) -> None:

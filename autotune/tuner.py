@@ -67,7 +67,7 @@ class Tuner:
         self.stage = "finals"
         finals = Finals(self.journal, self.ask, self.faults, exhaustive=self.exhaustive, brisk=brisk)
         self.compilers.close()  # nobody else on the machine while finalists are timed
-        for entry in self.open:
+        for entry in in_turn(self.open):
             if time.monotonic() > self.begun + budget:
                 break
             if entry.raced:
@@ -188,3 +188,13 @@ class Tuner:
             self.watch(self)
             if outcomes:
                 return outcomes[0]
+
+
+def in_turn(entries: Sequence[Entry]) -> list[Entry]:
+    """Order keys so that every family has its first before any has its second: time may run out."""
+    counts: dict[str, int] = {}
+    placed = []
+    for at, entry in enumerate(entries):
+        counts[entry.family.name] = counts.get(entry.family.name, 0) + 1
+        placed.append((counts[entry.family.name], at, entry))
+    return [entry for _, _, entry in sorted(placed, key=lambda place: place[:2])]

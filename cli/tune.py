@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
@@ -86,13 +87,15 @@ def tune(asked: Asked) -> int:
 
 def run(asked: Asked) -> int:
     """Tune, for what is refused in other words."""
-    chosen = pick(families(asked.sources), asked.kernels)
-    if not triton_version():
-        refused("the installation", "one with triton", "none; the spec, eager and sdpa need no tuning")
     begun = time.monotonic()
+    if find_spec("triton") is None:
+        refused("the installation", "one with triton", "none; the spec, eager and sdpa need no tuning")
     with ExitStack() as stack:
-        compilers = stack.enter_context(compile_pool(asked))  # they start while the GPU is looked at
-        device, measurers = machine(asked, stack)
+        # Workers import PyTorch while this process does.
+        compilers = stack.enter_context(compile_pool(asked))
+        asking = None if asked.compile_only and asked.arch is not None else stack.enter_context(measuring_pool(asked))
+        chosen = pick(families(asked.sources), asked.kernels)
+        device, measurers = machine(asked, asking, stack)
         journal = Journal(place())
         stack.callback(journal.close)
         cases = None if asked.model is None else launched(asked.model, asked.context, chosen, device.arch)
@@ -147,27 +150,33 @@ def launched(config: Path, context: int | None, chosen: Sequence[Family], arch: 
     return {name: list(cases.values()) for name, cases in found.items()}
 
 
-def machine(asked: Asked, stack: ExitStack) -> tuple[Device, Pool | None]:
+def machine(asked: Asked, asking: Pool | None, stack: ExitStack) -> tuple[Device, Pool | None]:
     """Find the GPU and lock it; with ``--compile-only`` there need be none."""
-    if asked.compile_only:
-        if asked.arch is not None:
-            try:
-                return offline(asked.arch), None
-            except ValueError as error:
-                raise Refused(str(error)) from None
-        return described(ask_device(asked, stack)[0]), None
+    if asking is None:
+        try:
+            return offline(str(asked.arch)), None
+        except ValueError as error:
+            raise Refused(str(error)) from None
     if asked.arch is not None:
         refused("arch", "given together with --compile-only alone: other machines are not measured here", asked.arch)
-    found, measurers = ask_device(asked, stack)
+    found = answer(asking)
+    if asked.compile_only:
+        asking.close()
+        return described(found), None
     stack.enter_context(alone(found["uuid"]))
-    return described(found), measurers
+    return described(found), asking
 
 
-def ask_device(asked: Asked, stack: ExitStack) -> tuple[dict[str, Any], Pool]:
-    """Start the measuring worker, and have it describe its GPU."""
+def measuring_pool(asked: Asked) -> Pool:
+    """Start the one measuring worker, and ask it for its GPU."""
     servant = {"sources": list(asked.sources), "gate": asked.gate, "clock": asked.clock}
-    pool = stack.enter_context(Pool("longspan.autotune.measurer:Measurer", servant))
+    pool = Pool("longspan.autotune.measurer:Measurer", servant)
     pool.submit(None, "describe", ASKING)
+    return pool
+
+
+def answer(pool: Pool) -> dict[str, Any]:
+    """Hear what the measuring worker says of its GPU."""
     outcome = next(iter(pool.wait(ASKING)), None)
     if outcome is None or outcome.status != "ok":
         words = "it did not answer" if outcome is None else outcome.message
@@ -176,7 +185,7 @@ def ask_device(asked: Asked, stack: ExitStack) -> tuple[dict[str, Any], Pool]:
     if outcome.value is None:
         msg = "nothing can be measured here: kernels are only interpreted (TRITON_INTERPRET=1)"
         raise Refused(msg)
-    return outcome.value, pool
+    return outcome.value
 
 
 def described(found: dict[str, Any]) -> Device:
