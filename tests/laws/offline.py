@@ -25,7 +25,7 @@ from .kernels import FLASH, launches
 
 KIB: Final = 1024
 LONGEST: Final = 180  # seconds of one compile
-AT_ONCE: Final = 2  # compiles
+AT_ONCE: Final = os.cpu_count() or 2  # compiles
 PROCESSORS: Final = 132  # of every pretended machine: how many programs would fill it
 
 
