@@ -16,7 +16,8 @@ class Card:
 
     def __init__(self, launch: float, *, captures: bool = True) -> None:
         self.launch, self.captures = launch, captures
-        self.now, self.capturing, self.memory = 0.0, None, 0
+        self.now, self.memory = 0.0, 0
+        self.capturing: list[float] | None = None
 
     def run(self) -> None:
         """Launch a kernel."""
