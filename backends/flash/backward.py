@@ -69,6 +69,13 @@ def capped_slope(score, outer):
 
 
 @triton.jit
+def counted(head, at, low, high):
+    """Go on to the next head, and back to ``low``, where ``at`` has come to ``high``."""
+    ends = at >= high
+    return tl.where(ends, head + 1, head), tl.where(ends, low, at)
+
+
+@triton.jit
 def absorb_queries(
     dk, dv, key, value, q, d_out, lse_two, delta, alibi, start, batch, head, h, m, d, e, j,
     q_b, q_h, q_m, o_b, o_h, o_m, alibi_b, scale, inner, outer,
@@ -187,25 +194,32 @@ def backward_keys_kernel(
     value = load_tile(v, batch, key_head, start, n, e, v_b, v_h, v_n, N, E, WHOLE_E, True, DESCRIPTOR, FAR)
     dk_sum = tl.zeros([N, D], tl.float32)
     dv_sum = tl.zeros([N, E], tl.float32)
-    for t in tl.range(0, full * group):
+    # All heads of the group in one loop, counted on: a division would hold up the copy engine at every tile.
+    head = key_head * group
+    at = full_low
+    for _ in tl.range(0, full * group):
         dk_sum, dv_sum = absorb_queries(
             dk_sum, dv_sum, key, value, q, d_out, lse_two, delta, alibi,
-            full_low + (t % full) * M, batch, key_head * group + t // full, h, m, d, e, j,
+            at, batch, head, h, m, d, e, j,
             q_b, q_h, q_m, o_b, o_h, o_m, alibi_b, scale, inner, outer,
             low, high, stop, position, keep, rows, rows_size, sequences, pitch,
             False, M, N, D, E, WHOLE_D, WHOLE_E, ROWS, EACH, KEEP, SOFTCAP, ALIBI, NEGATIVE, DEAD,
             DESCRIPTOR, LINES, FAR, INTERPRET,
         )  # fmt: skip
+        head, at = counted(head, at + M, full_low, full_high)
+    head = key_head * group
+    t = heads * 0
     cut = heads + left + right
-    for t in tl.range(0, cut * group):
+    for _ in tl.range(0, cut * group):
         dk_sum, dv_sum = absorb_queries(
             dk_sum, dv_sum, key, value, q, d_out, lse_two, delta, alibi,
-            cut_start(t % cut, head_low, heads, first, left, full_high, M), batch, key_head * group + t // cut,
+            cut_start(t, head_low, heads, first, left, full_high, M), batch, head,
             h, m, d, e, j, q_b, q_h, q_m, o_b, o_h, o_m, alibi_b, scale, inner, outer,
             low, high, stop, position, keep, rows, rows_size, sequences, pitch,
             True, M, N, D, E, WHOLE_D, WHOLE_E, ROWS, EACH, KEEP, SOFTCAP, ALIBI, NEGATIVE, DEAD,
             DESCRIPTOR, LINES, FAR, INTERPRET,
         )  # fmt: skip
+        head, t = counted(head, t + 1, t * 0, cut)
     line = ((batch * key_heads + key_head).to(tl.int64) * n + j)[:, None]
     wide = tl.arange(0, D)[None, :]
     tl.store(dk + line * d + wide, (dk_sum * full_scale).to(dk.dtype.element_ty), mask=(j < n)[:, None] & (wide < d))

@@ -68,7 +68,7 @@ HOPPER: Final = {
     ("backward_keys", 256, False): (64, 64, 8, 2, False),
     ("backward_queries", 64, True): (128, 64, 4, 3, True),
     ("backward_queries", 64, False): (64, 64, 4, 3, False),
-    ("backward_queries", 128, True): (128, 64, 8, 3, False),
+    ("backward_queries", 128, True): (128, 64, 8, 3, True),
     ("backward_queries", 128, False): (128, 64, 8, 3, False),
     ("backward_queries", 256, True): (128, 32, 8, 2, True),
     ("backward_queries", 256, False): (128, 32, 8, 2, False),
