@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime import JITFunction  # noqa: E402
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
-from longspan.backends.flash import plan  # noqa: E402
+from longspan.backends.flash import direct, plan  # noqa: E402
 
 LAUNCHES: list[tuple[Any, ...]] = []
 
@@ -75,7 +75,7 @@ class Driver:
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Put that machine in the place of this one, and its compiled kernels out of the way."""
     patch = pytest.MonkeyPatch()
-    patch.setattr(plan, "DIRECT", "none")  # there is no C launcher here to be called directly
+    patch.setattr(direct, "VERSION", "none")  # there is no C launcher here to be called directly
     patch.setenv("TRITON_DEFAULT_FP_FUSION", "1")  # unset, triton 3.9 warns that it is
     patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
     patch.setattr(triton.runtime.driver, "_active", Driver())

@@ -25,8 +25,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from longspan.autotune import overridden
 
+from .direct import Described, Direct
+
 KNOWN: Final = ("3.6.", "3.7.", "3.9.")  # versions of triton whose launches were read and are tested
-DIRECT: Final = "3.6."  # whose C launcher is called without the function around it
 ALIGNED: Final = 16  # bytes: triton compiles for addresses that this divides, or for any
 MANY: Final = 2048  # problems of an operation that are remembered at once; beyond, all are forgotten
 RUN: Final = JITFunction.run  # by which triton launches; who puts another in its place wants to see every launch
@@ -222,32 +223,6 @@ def whole(grid: tuple[int, ...]) -> tuple[int, int, int]:
     return (*grid, 1, 1)[:3]  # type: ignore[return-value]
 
 
-class Address(int):
-    """An address that launchers take for a tensor."""
-
-    def data_ptr(self) -> int:
-        """Be one's own address."""
-        return int(self)
-
-
-class Described:
-    """A `TensorDescriptor` of some address, which launchers read and nobody checks again."""
-
-    round_f32_to_tf32 = False
-
-    def __init__(self, like: TensorDescriptor) -> None:
-        """Take the layout of another."""
-        self.shape, self.strides, self.padding = list(like.shape), list(like.strides), like.padding
-        self.base = Address(0)
-
-    def at(self, address: int) -> "Described":
-        """Describe the same layout elsewhere."""
-        moved = object.__new__(Described)
-        moved.shape, moved.strides, moved.padding = self.shape, self.strides, self.padding
-        moved.base = Address(address)
-        return moved
-
-
 class Bound:
     """A launch of which everything is known but the addresses that come first among its arguments."""
 
@@ -279,59 +254,3 @@ class Bound:
 def address_of(x: Tensor | TensorDescriptor | None) -> int:
     """Address of what a kernel is given, 0 for None."""
     return 0 if x is None else x.data_ptr() if isinstance(x, Tensor) else x.base.data_ptr()
-
-
-class Direct:
-    """The C launcher that triton 3.6 builds for each kernel, without its Python wrappers.
-
-    A descriptor of the copy engine is 128 bytes by value: encoding it takes a microsecond, so that of the address that
-    was last seen is kept, slot by slot.
-    """
-
-    def __init__(self, launch: Callable[..., None], plan: Plan, layouts: list[tuple[Any, ...]]) -> None:
-        """Keep the launcher and its constants."""
-        run, (function, packed, *_) = plan.run, plan.head
-        self.launch, self.layouts = launch, layouts
-        self.head = (function, run.launch_cooperative_grid, run.launch_pdl, None, None, packed, None, None, None)
-        self.encode: Any = getattr(triton.runtime.driver.active.utils, "fill_tma_descriptor", None)
-
-    @classmethod
-    def of(cls, plan: Plan) -> "Direct | None":
-        """Find the C function under the wrappers of a kernel, or None where it is not as expected."""
-        run = plan.run
-        if not triton.__version__.startswith(DIRECT) or type(run).__name__ != "CudaLauncher":
-            return None
-        if run.global_scratch_size or run.profile_scratch_size:
-            return None
-        launch, layouts = run.launch, []
-        if plan.described:
-            names = getattr(getattr(launch, "__code__", None), "co_freevars", ())
-            inside: dict[str, Any] = dict(zip(names, getattr(launch, "__closure__", None) or (), strict=False))
-            found = getattr(plan.compiled.metadata, "tensordesc_meta", None) or ()
-            if "launcher" not in inside or len(found) != len(plan.described) or not all(found):
-                return None
-            launch = inside["launcher"].cell_contents
-            for x in found:
-                if x["fp4_padded"]:
-                    return None
-                element = TENSOR_MAP_TYPES.get(x["elem_type"], x["elem_type"])
-                layouts.append((x["swizzle"], x["elem_size"], element, x["block_size"]))
-        return cls(launch, plan, layouts) if type(launch).__name__ == "builtin_function_or_method" else None
-
-    def __call__(self, bound: Bound, stream: int, addresses: tuple[int, ...]) -> None:
-        """Launch."""
-        args: Any = addresses
-        if self.layouts:
-            args, grown, maps = list(addresses), 0, bound.maps
-            for (i, like), layout in zip(bound.described, self.layouts, strict=True):
-                address, seen = addresses[i], maps.get(i)
-                if seen is None or seen[0] != address:
-                    maps[i] = seen = (address, self.encode(address, *layout, like.shape, like.strides, ZEROS))
-                args[i + grown : i + grown + 1] = (seen[1], *like.shape, *like.strides)
-                grown += 2 * len(like.shape)
-        self.launch(*bound.grid, stream, *self.head, *args, *bound.rest)
-
-
-ZEROS: Final = 0  # what the copy engine reads outside a tensor
-# How triton 3.6 numbers element types of descriptors on the device, and how the driver does.
-TENSOR_MAP_TYPES: Final = {8: 10, 9: 8, 10: 9}
