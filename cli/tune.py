@@ -106,8 +106,10 @@ def run(asked: Asked) -> int:
         with Watch(page, asked.budget, quiet=asked.as_json) as watch:
             watch.begin(tuner)
             tuner.watch = watch
-            tuner.run(asked.budget)
-        keep(asked, device, entries, journal)
+            try:
+                tuner.run(asked.budget)
+            finally:  # whatever stops it, who has won by then serves
+                keep(asked, device, entries, journal)
     found = report(tuner, asked.gate, asked.clock, asked.sources)
     if asked.png is not None:
         from .tune_picture import picture  # noqa: PLC0415 - matplotlib is an extra

@@ -18,7 +18,7 @@ from torch import Tensor
 from longspan.autotune import Case, Family
 from longspan.backends import Backend
 from longspan.laws import Attention, Bound, Rotate, attention_bounds, worst
-from longspan.laws.caches import pages_are_gathered_keys
+from longspan.laws.caches import PAGES, pages_are_gathered_keys
 from longspan.laws.problems import Inputs
 from longspan.laws.rotation import queries_and_keys_turn_alike
 from longspan.spec import masks
@@ -44,7 +44,11 @@ def gate(family: Family, case: Case, device: str, *, whole: bool) -> float:
     except KeyError:
         msg = f"the gate knows how to check {', '.join(CHECKS)}, and not {family.operation!r} of {family.name}"
         raise ValueError(msg) from None
-    return max(check(backend, case, device, whole=whole))
+    found = max(check(backend, case, device, whole=whole))
+    if found == 0.0:
+        msg = f"the gate saw no rounding at all in {family.name}: its problems have no queries"
+        raise RuntimeError(msg)
+    return found
 
 
 @contextmanager
@@ -171,23 +175,23 @@ def attention_few(backend: Backend, case: Case, device: str, *, whole: bool) -> 
 def attention_paged(backend: Backend, case: Case, device: str, *, whole: bool) -> Iterator[float]:
     """Check out and lse of paged caches whose free slots hold NaN; a winner meets longer ones."""
     sizes = {name: int(value) for name, value in case.problem.items()}
-    h, g, m, d = (sizes[name] for name in ("h", "g", "m", "d"))
-    seeds = {size: seed for seed, size in enumerate((16, 32, 64, 128), 4)}  # by which the law draws pages of a size
-    small = Attention(b=3, h=h, g=g, m=m, n=333, d=d, e=d, dtype="bfloat16", seed=seeds[sizes["page"]])
-    ragged = replace(small, n=4321 if whole else 333, seed=small.seed + 4 * whole)
-    for problem in (ragged, replace(ragged, b=1, n=70, seed=small.seed + 8)):
-        with poisoned():
-            yield pages_are_gathered_keys(backend, problem, device)
+    h, g, m, d, page = (sizes[name] for name in ("h", "g", "m", "d", "page"))
+    # Rows of the table are multiples of sixteen pages, as the tuned ones: Triton compiles the same code for both.
+    n = (64 if whole else 16) * page - 15
+    seed = PAGES.index(page) + len(PAGES) * (1 + whole)  # by which the law draws pages of a size
+    problem = Attention(b=7, h=h, g=g, m=m, n=n, d=d, e=d, dtype="bfloat16", index="int32", seed=seed)
+    with poisoned():
+        yield pages_are_gathered_keys(backend, problem, device)
 
 
 def rotate_qk(backend: Backend, case: Case, device: str, *, whole: bool) -> Iterator[float]:
-    """Check turned queries and keys, at positions far out."""
+    """Check turned queries and keys, far out; numbers of tokens are multiples of sixteen, as the tuned ones."""
     sizes = {name: int(value) for name, value in case.problem.items()}
     h, g, m, d = (sizes[name] for name in ("h", "g", "m", "d"))
     storage = "bmhd" if case.problem["inside"] else "bhmd"
-    few = Rotate(b=2, h=h, g=g, m=197, d=d, planes=d // 2, dtype="bfloat16", largest=2**31, storage=storage, seed=1)
-    long = replace(few, b=1, m=m, position="bm", seed=2)
-    for problem in (few, long) if whole else (few, replace(few, b=1, m=1, largest=2**20, seed=3)):
+    one = Rotate(b=1, h=h, g=g, m=208, d=d, planes=d // 2, dtype="bfloat16", largest=2**31, storage=storage, seed=1)
+    three = replace(one, b=3, m=48, largest=2**20, seed=2)
+    for problem in (replace(one, m=min(m, 4096), seed=3),) if whole else (one, three):
         with poisoned():
             yield queries_and_keys_turn_alike(backend, problem, device)
 
