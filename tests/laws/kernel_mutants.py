@@ -134,12 +134,12 @@ BACKWARD: Final = (
     ),
     KernelMutant(
         "dk_sums_over_one_head_of_its_group", "backward_keys_kernel", GRADIENTS,
-        one("backward", "for t in tl.range(0, cut * group):", "for t in tl.range(0, cut):"),
+        one("backward", "for _ in tl.range(0, cut * group):", "for _ in tl.range(0, cut):"),
         {"m": 17, "n": 17, "r": 2},
     ),
     KernelMutant(
-        "the_first_full_tile_of_queries_is_skipped", "backward_keys_kernel", GRADIENTS,
-        one("backward", "for t in tl.range(0, full * group):", "for t in tl.range(1, full * group):"),
+        "one_full_tile_of_queries_is_skipped", "backward_keys_kernel", GRADIENTS,
+        one("backward", "for _ in tl.range(0, full * group):", "for _ in tl.range(1, full * group):"),
         {"m": 33, "n": 33, "mask": "everything()"},
     ),
     KernelMutant(
