@@ -1,0 +1,39 @@
+"""Who stays in a race and who wins it; and a trial, which times what it has verified."""
+
+from longspan.autotune.measurer import Measurer
+from longspan.autotune.race import decide, finalists
+
+
+def test_finalists_are_the_fastest_and_the_heuristic() -> None:
+    times = {"a": [1.0, 1.1], "b": [1.05, 1.06], "c": [1.3, 1.3], "slow": [9.0, 9.0]}
+    assert finalists(times, "slow") == ["a", "b", "slow"]
+    assert finalists(times, "a", most=1) == ["a"]
+    assert finalists(times, "gone") == ["a", "b"]
+
+
+def test_ties_go_to_the_lightest_whatever_the_noise_says() -> None:
+    weights = {"a": 3, "b": 1, "c": 2}
+    order = [
+        decide({"a": [x], "b": [y], "c": [1.2]}, "none", weights.__getitem__).winner
+        for x, y in ((1, 1.004), (1.004, 1))
+    ]
+    assert order == ["b", "b"]
+    assert decide({"a": [1.0], "b": [1.02]}, "none", weights.__getitem__).winner == "a"
+    noisy = {"a": [1.0, 1.04, 0.96], "b": [1.02, 1.02, 1.02]}
+    assert decide(noisy, "none", weights.__getitem__).winner == "b"  # within twice the noise of the best
+
+
+def test_the_heuristic_is_replaced_for_more_than_one_percent_only() -> None:
+    rounds = {"heuristic": [1.0], "better": [0.995]}
+    assert decide(rounds, "heuristic", len).winner == "heuristic"
+    assert decide({**rounds, "better": [0.98]}, "heuristic", len).winner == "better"
+
+
+def test_a_trial_launches_more_of_what_keeps_up() -> None:
+    measurer = Measurer(["fake_kernels:PLAIN"], "fake_kernels:gate", "fake_kernels:Scripted")
+    case = {"key": {"size": 16}, "problem": {"size": 16}, "variant": {}}
+    choice = {"way": "honest", "cost": 90}
+    fast = measurer.trial("plain", case, choice)
+    assert (fast["status"], len(fast["times"])) == ("raced", 6)
+    assert len(measurer.trial("plain", case, choice, best=50e-6)["times"]) == 2  # cut
+    assert measurer.confirm("plain", case, choice) == {"status": "verified", "worst": 0.0, "repeated": True}
