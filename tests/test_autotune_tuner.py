@@ -147,8 +147,11 @@ def test_a_run_goes_on_where_the_last_one_stopped(run: Callable[..., Run]) -> No
     assert run("SLOW", fresh=True).found["keys"][0]["raced"] == 12
 
 
-def test_an_exhaustive_run_says_what_the_race_alone_would_have_lost(run: Callable[..., Run]) -> None:
-    done = run("PLAIN", exhaustive=True)
+def test_an_exhaustive_run_says_what_the_race_would_have_lost_and_draws(
+    run: Callable[..., Run], tmp_path: Path
+) -> None:
+    done = run("PLAIN", exhaustive=True, png=tmp_path / "gains.png")
+    assert (tmp_path / "gains.png").read_bytes().startswith(b"\x89PNG")
     assert all(0 <= key["regret"] < 0.01 for key in done.found["keys"])
 
 
@@ -172,11 +175,6 @@ def test_tables_are_exported_and_merged(
     assert len(table.read(tmp_path / "b.json")["rows"]) == 4
     with pytest.raises(Refused, match="cannot be read"):
         merge(tmp_path / "a.json", tmp_path / "none.json", None)
-
-
-def test_a_picture_is_drawn(run: Callable[..., Run], tmp_path: Path) -> None:
-    run("PLAIN", png=tmp_path / "gains.png")
-    assert (tmp_path / "gains.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(
