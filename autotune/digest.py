@@ -1,7 +1,7 @@
 """Identity of a kernel's code: what it computes, and not where or how prettily it is written.
 
 A digest covers the syntax tree of each function, of every function that it uses, and the values of the globals that it
-reads; line numbers, comments, docstrings and formatting do not count, nor does the version of Python. What belongs to
+reads; line numbers, comments, docstrings, decorators and formatting do not count, nor does the version of Python. What belongs to
 Triton itself does not either: the version of that is recorded beside the digest.
 """
 
@@ -33,7 +33,8 @@ def visit(function: Any, seen: dict[str, str]) -> None:
     if name in seen:
         return
     seen[name] = ""  # a function may call itself
-    tree = ast.parse(textwrap.dedent(inspect.getsource(plain))).body[0]
+    tree: Any = ast.parse(textwrap.dedent(inspect.getsource(plain))).body[0]
+    tree.decorator_list = []  # how it is compiled and launched, and not what it computes
     seen[name] = normal(tree)
     for used, value in globals_of(plain, tree):
         if isinstance(value, int | float | str | bool | tuple | None):

@@ -14,6 +14,9 @@ NUMBERS = count()
 SOURCE = '''
 FACTOR = 3
 
+def decorated(f):
+    return f
+
 def helper(x):
     return x * FACTOR
 
@@ -49,6 +52,7 @@ def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):  # noqa: ANN201 - 
         ("What it does.", "What else it does."),
         ("helper(x) + n", "(helper( x )) + n"),
         ('    """What it does."""\n', ""),
+        ("\ndef helper", "\n@decorated\ndef helper"),
     ],
 )
 def test_looks_do_not_count(written, old: str, new: str) -> None:  # noqa: ANN001
