@@ -1,8 +1,8 @@
 """Identity of a kernel's code: what it computes, and not where or how prettily it is written.
 
 A digest covers the syntax tree of each function, of every function that it uses, and the values of the globals that it
-reads; line numbers, comments, docstrings, decorators and formatting do not count, nor does the version of Python. What belongs to
-Triton itself does not either: the version of that is recorded beside the digest.
+reads; line numbers, comments, docstrings, decorators and formatting do not count, nor does the version of Python. What
+belongs to Triton itself does not either: the version of that is recorded beside the digest.
 """
 
 import ast
