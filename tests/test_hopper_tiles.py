@@ -72,7 +72,7 @@ MASKS = (
 @pytest.mark.parametrize("warpgroups", [2, 3])
 def test_rows_of_bounds_need_these_tiles_of_keys(source: str, warpgroups: int) -> None:
     b, m, n, tall, wide = 2, 230, 260, 32, 16
-    mask: Any = eval(source, vars(masks))  # noqa: S307 - our own source
+    mask: Any = eval(source, {**vars(masks)})  # noqa: S307 - our own source
     seen = bounds(mask, b, m, n)
     rows = torch.stack([seen.first, seen.last, seen.base, seen.position]).to(torch.int32)
     call = launch.Call(None, None, rows, None, (-m, n, n, 0, seen.keep), 1.0, None, torch.float16)

@@ -4,10 +4,12 @@ A documented heuristic. Nothing here is a measurement of the caller's machine.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from ..flash.lowering import all_seen
+from .gluon import gl
 from .launch import Call, padded
 
 
@@ -28,6 +30,7 @@ class Variant:
         MASK: ``none`` (every key is seen, and there are whole tiles of them), ``affine``, ``each`` (affine, with
             integers of each sequence) or ``rows``.
         LEFT: Whether the mask may hide keys on the left of those that a row sees.
+        KEEP: Whether a head of keys stays visible beside the interval.
         DEAD: Whether keys that nobody sees, which may hold NaN, can lie in a tile that is read.
         SOFTCAP: Whether scores are capped.
         BIASED: Whether scores are scaled, and lowered with the distance (ALiBi), before their maximum is known; else
@@ -47,12 +50,27 @@ class Variant:
     HEADS: int
     MASK: str
     LEFT: bool
+    KEEP: bool
     DEAD: bool
     SOFTCAP: bool
     BIASED: bool
     STAGED: bool
     REUSE: bool
-    LOOPS: int = 3
+
+    @property
+    def SCORES(self) -> Any:  # noqa: N802 - named as the constants of the kernel
+        """Layout of scores [M, N] in registers: an accumulator."""
+        return gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, self.N, 16]))
+
+    @property
+    def OUT(self) -> Any:  # noqa: N802
+        """Layout of sums of values [M, E]: an accumulator."""
+        return gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, self.E, 16]))
+
+    @property
+    def SUMS(self) -> Any:  # noqa: N802
+        """Layout of sums of weights [M, 8]: of every eight columns of `SCORES`, the two that a thread holds."""
+        return gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 16]))
 
 
 def widths(d: int, e: int) -> tuple[int, int]:
@@ -66,17 +84,22 @@ def variant(call: Call, q: Tensor, k: Tensor, v: Tensor) -> Variant:
     """Choose how a call is computed."""
     m, n, tall = q.shape[2], k.shape[2], 64
     d, e = widths(q.shape[3], v.shape[3])
-    low, high, stop, _, _ = call.interval
+    low, high, stop, _, keep = call.interval
     mask = "rows" if call.rows is not None else "each" if call.sequences is not None else "affine"
     warpgroups = 3 if d == 64 else 2
-    keys = 64 if d == 256 else 128
+    dead = not all_seen(call.lowered, m, n)
+    biased = call.alibi is not None or call.negative
+    # Three warpgroups have 160 registers a thread: with more to do than a mask, half a tile's scores are what fits.
+    rich = dead or mask == "rows" or biased or call.softcap is not None
+    keys = 64 if d == 256 or (d == 64 and rich) else 128
     everything = mask == "affine" and low <= 1 - m and high >= n and stop >= n
     staged = call.out_dtype.itemsize == 2
     return Variant(
-        W=warpgroups, M=tall, N=keys, D=d, E=e, STAGES=3 if d == 64 else 2,
-        REGISTERS=160 if warpgroups == 3 else 240, LOADER=24, HEADS=8,
+        W=warpgroups, M=tall, N=keys, D=d, E=e, STAGES=2 if d > 64 else 3 * 128 // keys,
+        REGISTERS=160 if warpgroups == 3 else 240, LOADER=32 if warpgroups == 3 else 24, HEADS=8,
         MASK="none" if everything and n % keys == 0 else mask,
-        LEFT=mask != "affine" or low > 1 - m, DEAD=not all_seen(call.lowered, m, n),
-        SOFTCAP=call.softcap is not None, BIASED=call.alibi is not None or call.negative,
+        LEFT=mask != "affine" or low > 1 - m, KEEP=keep > 0,
+        DEAD=dead,
+        SOFTCAP=call.softcap is not None, BIASED=biased,
         STAGED=staged, REUSE=staged and e == 256,
     )  # fmt: skip

@@ -1,5 +1,5 @@
-# pyright: basic, reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
-"""FlashAttention forward for sm_90: one warp loads, two or three warpgroups compute (FlashAttention-3, arXiv:2407.08608).
+# pyright: basic, reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportAssignmentType=false, reportGeneralTypeIssues=false
+"""FlashAttention forward for sm_90: one warp loads, warpgroups compute (FlashAttention-3, arXiv:2407.08608).
 
 The fold of `longspan.spec.tiled`, in base two, from the last tile of keys to the first. A program stays on its
 multiprocessor and takes tile after tile of queries, W · M rows each, from a counter. Inside it W + 1 partitions run
@@ -20,15 +20,16 @@ Shapes: M queries of a warpgroup, N keys of a tile, D head and E value dimension
 
 import math
 from functools import cache
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..flash.launch import per_sequence
+from ..flash.plan import Bound, planned
 from .choices import Variant, variant
-from .gluon import fence_async_shared, gl, gluon, load_tile, mbarrier, store_tile, store_wait, warpgroup_mma
 from .gluon import barrier as meet
+from .gluon import fence_async_shared, gl, gluon, load_tile, mbarrier, store_tile, store_wait, warpgroup_mma
 from .gluon import warpgroup_mma_wait as wait_for
 from .launch import Call, describe
 from .spans import spans
@@ -61,8 +62,11 @@ def loaded(tile, batch, sizes, interval, sequences, plan, C: gl.constexpr):
         at = plan + (batch * tiles + tile) * 16
         first = gl.load(at)
         last = gl.load(at + 1)
-        head_first = gl.load(at + 2)
-        head_last = gl.load(at + 3)
+        head_first = first * 0
+        head_last = head_first
+        if C.KEEP:
+            head_first = gl.load(at + 2)
+            head_last = gl.load(at + 3)
     else:
         low, high, stop, _ = interval_of(batch, interval, sequences, C)
         first, last, _, _ = keys_of(tile * ROWS, m, low, high, stop, ROWS, N)
@@ -74,12 +78,23 @@ def loaded(tile, batch, sizes, interval, sequences, plan, C: gl.constexpr):
 
 
 @gluon.jit
-def next_column(t, first, last, head_first, head_last, N: gl.constexpr):
+def next_column(t, first, last, head_last, C: gl.constexpr):
     """Where the t-th tile of keys begins: from the last one down, then the head's."""
     tile = last - 1 - t
-    if t >= last - first:
-        tile = head_last - 1 - (t - (last - first))
-    return tile * N
+    if C.KEEP:  # noqa: SIM102 - known when it is compiled
+        if t >= last - first:
+            tile = head_last - 1 - (t - (last - first))
+    return tile * C.N
+
+
+@gluon.jit
+def follow(column, t, first, last, head_last, C: gl.constexpr):
+    """Where the t-th tile of keys begins, given where the one before it does."""
+    if C.KEEP:
+        column = next_column(t, first, last, head_last, C)
+    else:
+        column -= C.N
+    return column
 
 
 @gluon.jit
@@ -94,7 +109,7 @@ def produce(
 ):  # fmt: skip
     """The loader: queries of every tile, keys one tile ahead of values; and the next tile's number for everyone."""
     q_full, q_empty, k_full, k_empty, v_full, v_empty, next_full, next_empty = bars
-    tiles, h, group, m, b = sizes
+    tiles, h, group, _, b = sizes
     W: gl.constexpr = C.W
     M: gl.constexpr = C.M
     N: gl.constexpr = C.N
@@ -113,7 +128,7 @@ def produce(
             mbarrier.wait(q_empty.index(w), parity)
             mbarrier.expect(q_full.index(w), M * C.D * 2)
             load_tile(q, [batch, head, (tile * W + w) * M, 0], q_full.index(w), queries.index(w))
-        column = next_column(0, first, last, head_first, head_last, N)
+        column = next_column(0, first, last, head_last, C)
         slot, phase = turn(it, STAGES)
         mbarrier.wait(k_empty.index(slot), phase ^ 1)
         mbarrier.expect(k_full.index(slot), N * C.D * 2)
@@ -123,7 +138,7 @@ def produce(
             following = programs + gl.atomic_add(counter, 1, sem="relaxed")
         for t in range(1, count):
             before = column
-            column = next_column(t, first, last, head_first, head_last, N)
+            column = next_column(t, first, last, head_last, C)
             slot, phase = turn(it + 1, STAGES)
             mbarrier.wait(k_empty.index(slot), phase ^ 1)
             mbarrier.expect(k_full.index(slot), N * C.D * 2)
@@ -160,27 +175,32 @@ def skip(it, count, bars, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def weigh(s, peak, column, seen, factors, CUT: gl.constexpr, S: gl.constexpr, C: gl.constexpr):
-    """Turn ``q · k`` [M, N] into weights under the new peak of every row: ``(p, peak, rescale)``."""
-    first, last, base, keep, stands, slope = seen
+def weigh(s, peak, column, seen, factors, CUT: gl.constexpr, C: gl.constexpr):
+    """Turn ``q · k`` [M, N] into weights under the new peak of every row: ``(p, peak, rescale)``.
+
+    Only CUT tiles may hold keys that a row does not see.
+    """
+    first, last, base, kept, stands, slope = seen
     scale, inner, outer = factors
-    N: gl.constexpr = C.N
     SCALED: gl.constexpr = C.SOFTCAP or C.BIASED
-    j = gl.arange(0, N, gl.SliceLayout(0, S))[None, :]
+    # A thread's columns are j + lane, with the same j, known when compiled, in all threads. Kept apart, j is part of
+    # the instructions; as their sum, 32 numbers would stay in registers through every loop, and others be spilled.
+    j = gl.arange(0, C.N, gl.SliceLayout(0, C.SCORES))[None, :]
+    lane = column + (j & 6)
+    j = j & ~6
     if C.SOFTCAP:
         # tanh x = 1 - 2 / (1 + exp 2x), which neither end overflows.
         s = outer * (1.0 - 2.0 / (1.0 + gl.exp2(s * inner)))
     if C.BIASED:
         if not C.SOFTCAP:
             s = s * scale
-        s -= slope * gl.abs((stands - column).to(gl.float32)[:, None] - j.to(gl.float32))
+        s -= slope * gl.abs((stands[:, None] - lane).to(gl.float32) - j.to(gl.float32))
     if CUT:
-        hidden = j >= (last - column)[:, None]
+        hidden = j >= last[:, None] - lane
         if C.LEFT:
-            hidden = hidden | (j < (first - column)[:, None])
-        if C.MASK == "rows":
-            kept = (j >= (base - column)[:, None]) & (j < (gl.minimum(base + keep, last) - column)[:, None])
-            hidden = hidden & (kept == 0)
+            hidden = hidden | (j < first[:, None] - lane)
+        if C.KEEP:
+            hidden = hidden & ((j < base[:, None] - lane) | (j >= kept[:, None] - lane))
         s = gl.where(hidden, float("-inf"), s)
     # A scale that is not negative commutes with the maximum and fuses with the subtraction.
     above = gl.max(s, axis=1)
@@ -199,9 +219,9 @@ def weigh(s, peak, column, seen, factors, CUT: gl.constexpr, S: gl.constexpr, C:
 
 
 @gluon.jit
-def partial_sums(p, M: gl.constexpr, N: gl.constexpr, L: gl.constexpr):
+def partial_sums(p, C: gl.constexpr):
     """Sum the weights that one thread holds of a row, without a word to other threads: [M, 8]."""
-    return gl.convert_layout(gl.sum(gl.reshape(p, [M, N // 8, 8]), axis=1), L, assert_trivial=True)
+    return gl.convert_layout(gl.sum(gl.reshape(p, [C.M, C.N // 8, 8]), axis=1), C.SUMS, assert_trivial=True)
 
 
 @gluon.jit
@@ -213,7 +233,7 @@ def clean(value, C: gl.constexpr):
     """
     N: gl.constexpr = C.N
     E: gl.constexpr = C.E
-    SLICE: gl.constexpr = 1024 // E * 2
+    SLICE: gl.constexpr = 2048 // E
     L: gl.constexpr = gl.BlockedLayout([1, 8], [256 // E, E // 8], [4, 1], [1, 0])
     flat = value.reshape([N, E])
     found = gl.zeros([SLICE, E], gl.int32, L)
@@ -223,39 +243,58 @@ def clean(value, C: gl.constexpr):
     if gl.max(gl.reshape(found, [SLICE * E]), axis=0) > 0:
         for i in gl.static_range(N // SLICE):
             x = flat.slice(i * SLICE, SLICE).load(L)
-            finite = gl.abs(x.to(gl.float32)) < float("inf")
-            flat.slice(i * SLICE, SLICE).store(gl.where(finite, x, gl.zeros([SLICE, E], x.dtype, L)))
+            flat.slice(i * SLICE, SLICE).store(gl.where(gl.abs(x.to(gl.float32)) < float("inf"), x, 0.0))
         fence_async_shared()
     meet()
 
 
 @gluon.jit
+def begin(it, column, query, keys, values, bars, seen, factors, CUT: gl.constexpr, C: gl.constexpr):
+    """Weigh the first tile of keys: nothing to rescale, and no values of a tile before it."""
+    _, _, k_full, k_empty, v_full, _, _, _ = bars
+    M: gl.constexpr = C.M
+    N: gl.constexpr = C.N
+    slot, phase = turn(it, C.STAGES)
+    mbarrier.wait(k_full.index(slot), phase)
+    key = keys.index(slot).reshape([N, C.D]).permute((1, 0))
+    nothing = gl.zeros([M, N], gl.float32, C.SCORES)
+    s = warpgroup_mma(query, key, nothing, use_acc=False, is_async=True)
+    s = wait_for(0, deps=(s,))
+    mbarrier.arrive(k_empty.index(slot), count=1)
+    none = gl.full([M], float("-inf"), gl.float32, gl.SliceLayout(1, C.SCORES))
+    p, peak, _ = weigh(s, none, column, seen, factors, CUT, C)
+    if CUT and C.DEAD:
+        mbarrier.wait(v_full.index(slot), phase)
+        clean(values.index(slot), C)
+    return gl.convert_layout(p.to(query.dtype), gl.DotOperandLayout(0, C.OUT, 2)), partial_sums(p, C), peak
+
+
+@gluon.jit
 def absorb(
-    acc, weight, sums, peak, it, column, query, keys, values, bars, zeros, seen, factors,
-    CUT: gl.constexpr, S: gl.constexpr, O: gl.constexpr, C: gl.constexpr,
+    acc, weight, sums, peak, it, column, query, keys, values, bars, seen, factors,
+    CUT: gl.constexpr, C: gl.constexpr,
 ):  # fmt: skip
     """One step: scores of a tile of keys beside the values of the tile before it, then its weights."""
     _, _, k_full, k_empty, v_full, v_empty, _, _ = bars
-    M: gl.constexpr = C.M
-    N: gl.constexpr = C.N
-    EIGHTHS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 16])
     slot, phase = turn(it + 1, C.STAGES)
     slot_before, phase_before = turn(it, C.STAGES)
     mbarrier.wait(k_full.index(slot), phase)
+    M: gl.constexpr = C.M
+    N: gl.constexpr = C.N
     key = keys.index(slot).reshape([N, C.D]).permute((1, 0))
-    s = warpgroup_mma(query, key, zeros, use_acc=False, is_async=True)  # [M, N]
+    nothing = gl.zeros([M, N], gl.float32, C.SCORES)
+    s = warpgroup_mma(query, key, nothing, use_acc=False, is_async=True)  # [M, N]
     mbarrier.wait(v_full.index(slot_before), phase_before)
-    value = values.index(slot_before).reshape([N, C.E])
-    acc = warpgroup_mma(weight, value, acc, is_async=True)  # [M, E]
+    acc = warpgroup_mma(weight, values.index(slot_before).reshape([C.N, C.E]), acc, is_async=True)  # [M, E]
     s = wait_for(1, deps=(s,))
     mbarrier.arrive(k_empty.index(slot), count=1)
-    p, peak, rescale = weigh(s, peak, column, seen, factors, CUT, S, C)
-    scale_sums = gl.convert_layout(rescale, gl.SliceLayout(1, EIGHTHS), assert_trivial=True)
-    sums = sums * scale_sums[:, None] + partial_sums(p, M, N, EIGHTHS)
+    p, peak, rescale = weigh(s, peak, column, seen, factors, CUT, C)
+    by_row = gl.convert_layout(rescale, gl.SliceLayout(1, C.SUMS), assert_trivial=True)
+    sums = sums * by_row[:, None] + partial_sums(p, C)
     acc = wait_for(0, deps=(acc,))
     mbarrier.arrive(v_empty.index(slot_before), count=1)
-    acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, O), assert_trivial=True)[:, None]
-    weight = gl.convert_layout(p.to(query.dtype), gl.DotOperandLayout(0, O, 2))
+    acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, C.OUT), assert_trivial=True)[:, None]
+    weight = gl.convert_layout(p.to(query.dtype), gl.DotOperandLayout(0, C.OUT, 2))
     if CUT and C.DEAD:
         mbarrier.wait(v_full.index(slot), phase)
         clean(values.index(slot), C)
@@ -263,167 +302,165 @@ def absorb(
 
 
 @gluon.jit
-def bounds_of(row, batch, sizes, interval, rows, sequences, L: gl.constexpr, C: gl.constexpr):
-    """First key, end, base and position of every row of a warpgroup: [M] each; 0 where the mask has no such thing."""
-    _, _, _, m, b = sizes
-    i = row + gl.arange(0, C.M, L)
-    low, high, stop, position = interval_of(batch, interval, sequences, C)
+def bounds_of(row, line, sizes, interval, rows, sequences, alibi, slopes, alibi_b, C: gl.constexpr):
+    """What masks and biases know of a warpgroup's rows: first key, end, head's start and end, position [M]; slope."""
+    _, h, _, m, b = sizes
+    i = row + gl.arange(0, C.M, gl.SliceLayout(1, C.SCORES))
+    low, high, stop, position = interval_of(line // h, interval, sequences, C)
     first = gl.maximum(i + low, 0)
     last = gl.minimum(i + high, stop)
     stands = i + position
     base = i
+    kept = i
     if C.MASK == "rows":
         size = gl.cast(b, gl.int64) * m
-        at = rows + gl.cast(batch, gl.int64) * m + i
+        at = rows + gl.cast(line // h, gl.int64) * m + i
         first = gl.load(at, mask=i < m, other=0)
         last = gl.load(at + size, mask=i < m, other=0)
-        base = gl.load(at + 2 * size, mask=i < m, other=0)
+        if C.KEEP:
+            base = gl.load(at + 2 * size, mask=i < m, other=0)
+            kept = gl.minimum(base + interval[4], last)
         if C.BIASED:
             stands = gl.load(at + 3 * size, mask=i < m, other=0)
-    return first, last, base, stands
+    slope = 0.0
+    if C.BIASED:
+        slope = gl.load(alibi + line // h * alibi_b + line % h, mask=slopes > 0, other=0.0) * LOG2_E
+    return first, last, base, kept, stands, slope
 
 
 @gluon.jit
-def consume(
+def own_tiles(tile, w, batch, first, last, sizes, interval, sequences, plan, C: gl.constexpr):
+    """Tiles of keys of warpgroup w among those that are loaded, and those it sees whole."""
+    tiles, _, _, m, _ = sizes
+    own_first = first
+    own_last = last
+    full_first = first
+    full_last = last
+    if C.MASK == "rows":
+        at = plan + (batch * tiles + tile) * 16 + 4 + 4 * w
+        own_first = gl.load(at)
+        own_last = gl.load(at + 1)
+        full_first = gl.load(at + 2)
+        full_last = gl.load(at + 3)
+    elif C.MASK != "none":
+        low, high, stop, _ = interval_of(batch, interval, sequences, C)
+        own_first, own_last, full_first, full_last = keys_of((tile * C.W + w) * C.M, m, low, high, stop, C.M, C.N)
+        own_first, own_last, full_first, full_last = within(own_first, own_last, full_first, full_last, first, last)
+    return own_first, own_last, full_first, full_last
+
+
+@gluon.jit
+def log_sum(peak, sums, line, row, sizes, lse, sink, sinks, sink_b, C: gl.constexpr):
+    """Write the log-sum-exp of a warpgroup's rows, and return what their sums of values are to be multiplied with."""
+    _, h, _, m, _ = sizes
+    DOWN: gl.constexpr = gl.SliceLayout(1, C.SCORES)
+    total = gl.convert_layout(gl.sum(sums, axis=1), DOWN, assert_trivial=True)
+    # A sink is a key of value zero, seen by every row; a score of -inf is none.
+    score = gl.load(sink + line // h * sink_b + line % h, mask=sinks > 0, other=float("-inf"))
+    top = gl.maximum(peak, score * LOG2_E)
+    finite = gl.where(top == float("-inf"), 0.0, top)
+    shrink = gl.exp2(peak - finite)
+    total = total * shrink + gl.exp2(score * LOG2_E - finite)
+    empty = total == 0.0
+    natural = gl.where(empty, float("-inf"), (top + gl.log2(total)) * LN_2)
+    # A row without keys keeps the sink exactly, which log2 and back would round.
+    natural = gl.where(peak == float("-inf"), score, natural)
+    i = row + gl.arange(0, C.M, DOWN)
+    gl.store(lse + gl.cast(line, gl.int64) * m + i, natural, mask=i < m)
+    return gl.where(empty, 0.0, shrink / total)
+
+
+@gluon.jit
+def write(acc, line, row, m, e, out, out_at, staging, C: gl.constexpr):
+    """Write a warpgroup's rows of out: by the copy engine, or from registers where they do not fit its tiles."""
+    M: gl.constexpr = C.M
+    E: gl.constexpr = C.E
+    if C.STAGED:
+        if not C.REUSE:
+            store_wait(0)
+        staging.reshape([M, E]).store(acc.to(out.dtype))
+        fence_async_shared()
+        store_tile(out, [line, row, 0], staging)
+        if C.REUSE:
+            store_wait(0)
+    else:
+        down = row + gl.arange(0, M, gl.SliceLayout(1, C.OUT))
+        across = gl.arange(0, E, gl.SliceLayout(0, C.OUT))
+        at = out_at + gl.cast(line, gl.int64) * m * e + down.to(gl.int64)[:, None] * e + across[None, :]
+        gl.store(at, acc.to(out_at.dtype.element_ty), mask=(down < m)[:, None] & (across < e)[None, :])
+
+
+@gluon.jit
+def consume(  # noqa: C901, PLR0915 - the schedule is one piece
     w: gl.constexpr, out, out_at, lse, sink, alibi, rows, sequences, plan, queries, keys, values, outs, bars, mailbox,
     sizes, interval, factors, sinks, slopes, sink_b, alibi_b, total, e, C: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup w: M queries of every tile."""
-    q_full, q_empty, k_full, k_empty, v_full, v_empty, next_full, next_empty = bars
+    q_full, q_empty, _, _, v_full, v_empty, next_full, next_empty = bars
     tiles, h, _, m, b = sizes
-    W: gl.constexpr = C.W
     M: gl.constexpr = C.M
     N: gl.constexpr = C.N
-    D: gl.constexpr = C.D
     E: gl.constexpr = C.E
-    STAGES: gl.constexpr = C.STAGES
-    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
-    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, E, 16])
-    EIGHTHS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 16])
-    DOWN: gl.constexpr = gl.SliceLayout(1, S)
-    query = queries.index(w).reshape([M, D])
-    zeros = gl.zeros([M, N], gl.float32, S)
+    MASKED: gl.constexpr = C.MASK != "none"
+    query = queries.index(w).reshape([M, C.D])
     index = gl.program_id(0)
     it = 0
     parity = 0
     while index < total:
-        tile, head = place(index, tiles, b * h, C.HEADS, C.MASK != "none")
-        line = head
-        batch = head // h
-        head = head - batch * h
-        row = (tile * W + w) * M
-        first, last, head_first, head_last = loaded(tile, batch, sizes, interval, sequences, plan, C)
-        count = last - first + head_last - head_first
-        own_first = first
-        own_last = last
-        full_first = first
-        full_last = last
-        if C.MASK == "rows":
-            at = plan + (batch * tiles + tile) * 16 + 4 + 4 * w
-            own_first = gl.load(at)
-            own_last = gl.load(at + 1)
-            full_first = gl.load(at + 2)
-            full_last = gl.load(at + 3)
-        elif C.MASK != "none":
-            low, high, stop, _ = interval_of(batch, interval, sequences, C)
-            own_first, own_last, full_first, full_last = keys_of(row, m, low, high, stop, M, N)
-            own_first, own_last, full_first, full_last = within(own_first, own_last, full_first, full_last, first, last)
-        slope = 0.0
-        if C.BIASED:
-            slope = gl.load(alibi + batch * alibi_b + head, mask=slopes > 0, other=0.0) * LOG2_E
-        row_first, row_last, base, stands = bounds_of(row, batch, sizes, interval, rows, sequences, DOWN, C)
-        seen = (row_first, row_last, base, interval[4], stands, slope)
-
-        passed = last - own_last
-        if C.MASK != "none" and W > 1:
-            it = skip(it, passed, bars, STAGES)
-        # The first tile: nothing to rescale, no values before it.
-        mbarrier.wait(q_full.index(w), parity)
-        slot, phase = turn(it, STAGES)
-        mbarrier.wait(k_full.index(slot), phase)
-        key = keys.index(slot).reshape([N, D]).permute((1, 0))
-        s = warpgroup_mma(query, key, zeros, use_acc=False, is_async=True)
-        s = wait_for(0, deps=(s,))
-        mbarrier.arrive(k_empty.index(slot), count=1)
-        column = next_column(passed, first, last, head_first, head_last, N)
-        none = gl.full([M], float("-inf"), gl.float32, DOWN)
-        p, peak, no_rescale = weigh(s, none, column, seen, factors, C.MASK != "none", S, C)
-        sums = partial_sums(p, M, N, EIGHTHS)
-        weight = gl.convert_layout(p.to(query.dtype), gl.DotOperandLayout(0, O, 2))
-        acc = gl.zeros([M, E], gl.float32, O)
-        if C.DEAD:
-            mbarrier.wait(v_full.index(slot), phase)
-            clean(values.index(slot), C)
-        # Then the tiles that the mask cuts on the right, those seen whole, and those cut on the left; in tiles done.
+        tile, line = place(index, tiles, b * h, C.HEADS, MASKED)
+        row = (tile * C.W + w) * M
+        first, last, head_first, head_last = loaded(tile, line // h, sizes, interval, sequences, plan, C)
+        own_first, own_last, full_first, full_last = own_tiles(
+            tile, w, line // h, first, last, sizes, interval, sequences, plan, C
+        )
+        seen = bounds_of(row, line, sizes, interval, rows, sequences, alibi, slopes, alibi_b, C)
         end = own_last - own_first + head_last - head_first
-        if C.MASK != "none":
+        after = own_first - first
+        if MASKED:
+            it = skip(it, last - own_last, bars, C.STAGES)
+
+        mbarrier.wait(q_full.index(w), parity)
+        column = next_column(0, own_first, own_last, head_last, C)
+        weight, sums, peak = begin(it, column, query, keys, values, bars, seen, factors, MASKED, C)
+        acc = gl.zeros([M, E], gl.float32, C.OUT)
+        # Then the tiles that the mask cuts on the right, those seen whole, and those cut on the left.
+        right = 1
+        full = end
+        if MASKED:
             right = max(own_last - full_last, 1)
+        if C.LEFT:
             full = max(own_last - full_first, right)
-            for t in range(1, right):
-                acc, weight, sums, peak, it = absorb(
-                    acc, weight, sums, peak, it, next_column(passed + t, first, last, head_first, head_last, N),
-                    query, keys, values, bars, zeros, seen, factors, True, S, O, C,
-                )  # fmt: skip
-        else:
-            right = 1
-            full = end
-        for t in range(right, full):
+        for t in range(1, right):
+            column = follow(column, t, own_first, own_last, head_last, C)
             acc, weight, sums, peak, it = absorb(
-                acc, weight, sums, peak, it, (own_last - 1 - t) * N,
-                query, keys, values, bars, zeros, seen, factors, False, S, O, C,
-            )  # fmt: skip
+                acc, weight, sums, peak, it, column, query, keys, values, bars, seen, factors, MASKED, C
+            )
+        for _ in range(right, full):
+            column -= N
+            acc, weight, sums, peak, it = absorb(
+                acc, weight, sums, peak, it, column, query, keys, values, bars, seen, factors, False, C
+            )
         if C.LEFT:
             for t in range(full, end):
+                column = follow(column, t, own_first, own_last, head_last, C)
                 acc, weight, sums, peak, it = absorb(
-                    acc, weight, sums, peak, it, next_column(passed + t, first, last, head_first, head_last, N),
-                    query, keys, values, bars, zeros, seen, factors, True, S, O, C,
-                )  # fmt: skip
+                    acc, weight, sums, peak, it, column, query, keys, values, bars, seen, factors, MASKED, C
+                )
         if not C.REUSE:
             mbarrier.arrive(q_empty.index(w), count=1)
-        slot, phase = turn(it, STAGES)
+        slot, phase = turn(it, C.STAGES)
         mbarrier.wait(v_full.index(slot), phase)
         acc = warpgroup_mma(weight, values.index(slot).reshape([N, E]), acc, is_async=True)
-
-        sum_of_all = gl.convert_layout(gl.sum(sums, axis=1), DOWN, assert_trivial=True)
-        # A sink is a key of value zero, seen by every row; a score of -inf is none.
-        score = gl.load(sink + batch * sink_b + head, mask=sinks > 0, other=float("-inf"))
-        top = gl.maximum(peak, score * LOG2_E)
-        finite = gl.where(top == float("-inf"), 0.0, top)
-        shrink = gl.exp2(peak - finite)
-        sum_of_all = sum_of_all * shrink + gl.exp2(score * LOG2_E - finite)
-        empty = sum_of_all == 0.0
-        inverse = gl.where(empty, 0.0, shrink / sum_of_all)
-        log_sum = gl.where(empty, float("-inf"), (top + gl.log2(sum_of_all)) * LN_2)
-        # A row without keys keeps the sink exactly, which log2 and back would round.
-        log_sum = gl.where(peak == float("-inf"), score, log_sum)
-        i = row + gl.arange(0, M, DOWN)
-        gl.store(lse + gl.cast(line, gl.int64) * m + i, log_sum, mask=i < m)
-
+        inverse = log_sum(peak, sums, line, row, sizes, lse, sink, sinks, sink_b, C)
         acc = wait_for(0, deps=(acc,))
         mbarrier.arrive(v_empty.index(slot), count=1)
         it += 1
-        acc = acc * gl.convert_layout(inverse, gl.SliceLayout(1, O), assert_trivial=True)[:, None]
-        if C.STAGED:
-            rounded = acc.to(out.dtype)
-            if C.REUSE:
-                place_of = queries.index(w)
-            else:
-                place_of = outs.index(w)
-                store_wait(0)
-            place_of.reshape([M, E]).store(rounded)
-            fence_async_shared()
-            store_tile(out, [batch, head, row, 0], place_of)
-            if C.REUSE:
-                store_wait(0)
-        else:
-            down = row + gl.arange(0, M, gl.SliceLayout(1, O))
-            across = gl.arange(0, E, gl.SliceLayout(0, O))
-            at_out = out_at + gl.cast(line, gl.int64) * m * e + down.to(gl.int64)[:, None] * e + across[None, :]
-            gl.store(at_out, acc.to(out_at.dtype.element_ty), mask=(down < m)[:, None] & (across < e)[None, :])
+        acc = acc * gl.convert_layout(inverse, gl.SliceLayout(1, C.OUT), assert_trivial=True)[:, None]
+        write(acc, line, row, m, e, out, out_at, outs.index(w), C)
         if C.REUSE:
             mbarrier.arrive(q_empty.index(w), count=1)
-        if C.MASK != "none" and W > 1:
-            it = skip(it, count - passed - end, bars, STAGES)
+        if C.LEFT:
+            it = skip(it, after, bars, C.STAGES)
         mbarrier.wait(next_full, parity)
         index = gl.sum(mailbox.load(gl.BlockedLayout([1], [32], [4], [0])), axis=0)
         mbarrier.arrive(next_empty, count=1)
@@ -431,11 +468,13 @@ def consume(
     store_wait(0)
 
 
+@planned
 @gluon.jit(do_not_specialize=["total", "tiles", "h", "group", "m", "b", "e", "low", "high", "stop", "position", "keep",
                               "sinks", "slopes", "sink_b", "alibi_b"])  # fmt: skip
 def forward_kernel(
     q, k, v, out, out_at, lse, sink, alibi, rows, sequences, plan, counter,
-    total, tiles, h, group, m, b, e, low, high, stop, position, keep, sinks, slopes, sink_b, alibi_b, scale, inner, outer,
+    total, tiles, h, group, m, b, e, low, high, stop, position, keep, sinks, slopes, sink_b, alibi_b,
+    scale, inner, outer,
     C: gl.constexpr,
 ):  # fmt: skip
     """Lay out shared memory and barriers, and set the partitions to work."""
@@ -444,7 +483,7 @@ def forward_kernel(
     values = gl.allocate_shared_memory(v.dtype, [C.STAGES, 1, 1, C.N, C.E], v.layout)
     outs = queries
     if C.STAGED and not C.REUSE:
-        outs = gl.allocate_shared_memory(out.dtype, [C.W, 1, 1, C.M, C.E], out.layout)
+        outs = gl.allocate_shared_memory(out.dtype, [C.W, 1, C.M, C.E], out.layout)
     ONE: gl.constexpr = mbarrier.MBarrierLayout()
     q_full = gl.allocate_shared_memory(gl.int64, [C.W, 1], ONE)
     q_empty = gl.allocate_shared_memory(gl.int64, [C.W, 1], ONE)
@@ -472,16 +511,17 @@ def forward_kernel(
     interval = (low, high, stop, position, keep)
     factors = (scale, inner, outer)
     # What is passed on to warps of their own must be written out: a constant inside a tuple would become a variable.
-    zero: gl.constexpr = 0
-    one: gl.constexpr = 1
-    two: gl.constexpr = 2
+    zero: gl.constexpr = gl.constexpr(0)
+    one: gl.constexpr = gl.constexpr(1)
+    two: gl.constexpr = gl.constexpr(2)
     if W == 2:
         gl.warp_specialize([
             (consume, (zero, out, out_at, lse, sink, alibi, rows, sequences, plan, queries, keys, values, outs, bars,
                        mailbox, sizes, interval, factors, sinks, slopes, sink_b, alibi_b, total, e, C)),
             (consume, (one, out, out_at, lse, sink, alibi, rows, sequences, plan, queries, keys, values, outs, bars,
                        mailbox, sizes, interval, factors, sinks, slopes, sink_b, alibi_b, total, e, C)),
-            (produce, (q, k, v, queries, keys, values, bars, mailbox, counter, plan, sequences, sizes, interval, total, C)),
+            (produce, (q, k, v, queries, keys, values, bars, mailbox, counter, plan, sequences, sizes, interval, total,
+                       C)),
         ], [4, 1], [C.REGISTERS, C.LOADER])  # fmt: skip
     else:
         gl.warp_specialize([
@@ -491,13 +531,14 @@ def forward_kernel(
                        mailbox, sizes, interval, factors, sinks, slopes, sink_b, alibi_b, total, e, C)),
             (consume, (two, out, out_at, lse, sink, alibi, rows, sequences, plan, queries, keys, values, outs, bars,
                        mailbox, sizes, interval, factors, sinks, slopes, sink_b, alibi_b, total, e, C)),
-            (produce, (q, k, v, queries, keys, values, bars, mailbox, counter, plan, sequences, sizes, interval, total, C)),
+            (produce, (q, k, v, queries, keys, values, bars, mailbox, counter, plan, sequences, sizes, interval, total,
+                       C)),
         ], [4, 4, 1], [C.REGISTERS, C.REGISTERS, C.LOADER])  # fmt: skip
 
 
 def forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Launch the forward kernel: ``out [b, h, m, e]`` contiguous, and ``lse [b, h, m]`` float32."""
-    (b, h, m, d), (_, g, n, e) = q.shape, v.shape
+    (b, h, m, _), (_, g, n, e) = q.shape, v.shape
     out = q.new_empty(b, h, m, e, dtype=call.out_dtype)
     lse = q.new_empty(b, h, m, dtype=torch.float32)
     if out.numel() == 0:
@@ -506,21 +547,55 @@ def forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor
         return blind(call, out, lse)
     form = variant(call, q, k, v)
     tiles = -(-m // (form.W * form.M))
-    total = tiles * b * h
-    counter = torch.zeros(1, dtype=torch.int32, device=q.device)
-    plan = lse if call.rows is None else spans(call, m, n, form.W, form.M, form.N)
-    scale, inner, outer = factors_of(call, form)
-    forward_kernel[(min(total, processors(q.device.index)),)](
+    total, programs = tiles * b * h, processors(q.device.index)
+    # Each launch counts its own tiles, from zero; where there are programs for all of them, none is counted.
+    counter = lse.view(torch.int32) if total <= programs else torch.zeros(1, dtype=torch.int32, device=q.device)
+    plan = counter if call.rows is None else spans(call, m, n, form.W, form.M, form.N)
+    sink, alibi = (None if x is None else x.float() for x in (call.sink, call.alibi))
+    bound = forward_kernel[(min(total, programs),)](
         describe(q, form.M, form.D), describe(k, form.N, form.D), describe(v, form.N, form.E),
-        describe(out, form.M, form.E) if form.STAGED else out,
-        out, lse, lse if call.sink is None else call.sink.float(),
-        lse if call.alibi is None else call.alibi.float(),
-        lse if call.rows is None else call.rows, lse if call.sequences is None else call.sequences, plan, counter,
-        total, tiles, h, h // g, m, b, e, *call.interval, call.sink is not None, call.alibi is not None,
-        per_sequence(call.sink), per_sequence(call.alibi),
-        scale, inner, outer, C=form, num_warps=4,
+        describe(out.view(b * h, m, e), form.M, form.E) if form.STAGED else out, out, lse,
+        lse if sink is None else sink, lse if alibi is None else alibi,
+        counter if call.rows is None else call.rows, counter if call.sequences is None else call.sequences,
+        plan, counter, total, tiles, h, h // g, m, b, e, *call.interval, int(sink is not None), int(alibi is not None),
+        per_sequence(sink), per_sequence(alibi), *factors_of(call, form), C=form, num_warps=4,
     )  # fmt: skip
+    dense = call.rows is None and call.sequences is None and sink is call.sink and alibi is call.alibi
+    if call.wanted and dense and bound is not None:
+        call.keep(Repeated(bound, out.new_empty(0), lse.new_empty(0), out.shape, total > programs))
     return out, lse
+
+
+class Repeated(NamedTuple):
+    """A launch of the forward kernel, to be repeated on other tensors; see `flash.launch.Again`.
+
+    Attributes:
+        bound: The launch.
+        out: An empty tensor of the dtype and device of ``out``.
+        lse: The same of ``lse``.
+        shape: Shape of ``out``.
+        counted: Whether there are more tiles than programs.
+    """
+
+    bound: Bound
+    out: Tensor
+    lse: Tensor
+    shape: torch.Size
+    counted: bool
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, alibi: Tensor | None
+    ) -> tuple[Tensor, Tensor] | None:
+        """Launch on new results, with a counter of its own."""
+        out, lse = self.out.new_empty(self.shape), self.lse.new_empty(self.shape[:3])
+        result, unused = out.data_ptr(), lse.data_ptr()
+        counter = self.lse.new_zeros(1) if self.counted else lse  # the bits of 0.0 are those of 0
+        launched = self.bound(
+            q.data_ptr(), k.data_ptr(), v.data_ptr(), result, result, unused,
+            unused if sink is None else sink.data_ptr(), unused if alibi is None else alibi.data_ptr(),
+            unused, unused, unused, counter.data_ptr(),
+        )  # fmt: skip
+        return (out, lse) if launched else None
 
 
 def factors_of(call: Call, form: Variant) -> tuple[float, float, float]:

@@ -1,4 +1,4 @@
-"""How attention enters autograd, `torch.func` and `torch.compile`: as that of `flash`, with the kernels of this package.
+"""How attention enters autograd, `torch.func` and `torch.compile`: as that of `flash`, with the kernels of this one.
 
 The backward is `backward.py`, which offers ``backward(call, q, k, v, out, lse, d_out, d_lse)``, the gradients of q, k,
 v and of the sinks by sequence (``[b, h]``, or ``[b, 0]`` without sinks), and ``declines_backward(call, q, k, v)``.
@@ -27,12 +27,22 @@ torch.library.define(
 )
 
 
-def launch_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def launch_call(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Run the forward kernel."""
     from .forward import forward  # noqa: PLC0415
 
     with on(q.device):
-        return forward(Call(*rest), q, k, v)
+        return forward(call, q, k, v)
+
+
+def launch_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """Run the forward kernel on what the operator takes."""
+    return launch_call(call_of(*rest), q, k, v)
+
+
+def call_of(*rest: Any) -> Call:
+    """Name what the operators take beside tensors."""
+    return Call(*rest[:-1], deterministic=rest[-1])
 
 
 def launch_backward(
@@ -42,7 +52,7 @@ def launch_backward(
     from .backward import backward  # noqa: PLC0415
 
     with on(q.device):
-        return backward(Call(*rest), q, k, v, out, lse, d_out, d_lse)
+        return backward(call_of(*rest), q, k, v, out, lse, d_out, d_lse)
 
 
 torch.library.impl("longspan::hopper_attention", "cuda", launch_forward)

@@ -57,13 +57,13 @@ def declines_address(name: str, x: Tensor) -> str | None:
 
 
 def describe(x: Tensor, rows: int, width: int) -> Any:
-    """Describe a tensor to the copy engine in tiles [1, 1, rows, width]: what lies outside of it reads as zeros."""
+    """Describe a tensor to the copy engine in tiles [1, …, rows, width]: what lies outside of it reads as zeros."""
     from .gluon import TensorDescriptor, gl  # noqa: PLC0415 - Gluon is slow to import, and of no use elsewhere
 
-    block = [1, 1, rows, width]
+    block = [*[1] * (x.ndim - 2), rows, width]
     dtype = getattr(gl, str(x.dtype).removeprefix("torch."))
     # The stride of an axis of one element says nothing, and may be anything: also something that the engine refuses.
-    whole = ALIGNED * -(-x.shape[3] // ALIGNED)
+    whole = ALIGNED * -(-x.shape[-1] // ALIGNED)
     strides = [whole if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True)]
     layout = gl.NVMMASharedLayout.get_default_for(block, dtype)
-    return TensorDescriptor(x, list(x.shape), [*strides[:3], 1], block, layout)
+    return TensorDescriptor(x, list(x.shape), [*strides[:-1], 1], block, layout)

@@ -16,7 +16,7 @@ FIELDS = 16  # int32 of a tile of queries, of which 4 + 4 W are used
 
 @triton.jit
 def spans_kernel(rows, plan, m, rows_size, n, keep, W: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
-    """Write first and last tile of the program's keys and of the head's, then first, last and full of each warpgroup."""
+    """Write first and last tile of the program's keys, of the head's, then first, last and full of each warpgroup."""
     tile = tl.program_id(0)
     batch = tl.program_id(1)
     at = rows + batch.to(tl.int64) * m
