@@ -107,7 +107,7 @@ def test_an_unknown_backend_is_answered_with_the_names(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("fly",), "command must be one of backends, verify, preflight, got 'fly'"),
+        (("fly",), "command must be one of backends, verify, preflight, tune, got 'fly'"),
         (("verify", "--law", "gravity"), "attention_is_its_definition"),
         (("verify", "--mutant", "nobody"), "causal_from_the_top_left"),
         (("verify", "--seconds", "0"), "seconds must be a number above 0, got 0"),
