@@ -6,6 +6,6 @@ raced (`race`), written down so that a crash loses at most one (`journal`), and 
 """
 
 from .family import Case, Family, Values
-from .lookup import Asked, Lookup, forget, overridden, override
+from .lookup import Asked, Lookup, forget, on_forget, overridden, override, untuned
 
-__all__ = ["Asked", "Case", "Family", "Lookup", "Values", "forget", "overridden", "override"]
+__all__ = ["Asked", "Case", "Family", "Lookup", "Values", "forget", "on_forget", "overridden", "override", "untuned"]

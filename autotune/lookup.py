@@ -24,6 +24,8 @@ K = TypeVar("K")
 C = TypeVar("C")
 FORCED: Final[ContextVar[Mapping[str, Values]]] = ContextVar("longspan_choices", default={})  # noqa: B039 - never written to
 
+UNTUNED: Final[ContextVar[bool]] = ContextVar("longspan_untuned", default=False)
+
 
 @contextmanager
 def override(choices: Mapping[str, Values]) -> Iterator[None]:
@@ -35,9 +37,19 @@ def override(choices: Mapping[str, Values]) -> Iterator[None]:
         FORCED.reset(token)
 
 
+@contextmanager
+def untuned() -> Iterator[None]:
+    """Launch by the heuristic alone until the context ends, whatever was tuned."""
+    token = UNTUNED.set(True)
+    try:
+        yield
+    finally:
+        UNTUNED.reset(token)
+
+
 def overridden() -> bool:
-    """Whether some choice is overridden: whoever remembers launches must neither use them nor add to them then."""
-    return bool(FORCED.get())
+    """Whether choices are not those that serve: who remembers launches must neither use them nor add to them then."""
+    return bool(FORCED.get()) or UNTUNED.get()
 
 
 class Asked(NamedTuple):
@@ -83,6 +95,8 @@ class Lookup(Generic[K, C]):
             choice = forced.get(self.asked(key).family)
             if choice is not None:
                 return self.build(key, choice)
+        if UNTUNED.get():
+            return self.heuristic(key)
         try:
             return self.known[key]
         except KeyError:
@@ -226,6 +240,12 @@ def listed(folder: Path) -> list[Path]:
 
 SHELF: Final = Shelf()
 LOOKUPS: Final[list[Lookup[Any, Any]]] = []
+FORGETTERS: Final[list[Callable[[], None]]] = []
+
+
+def on_forget(act: Callable[[], None]) -> None:
+    """Have something done by `forget`: whoever remembers what was launched under a choice must forget it, too."""
+    FORGETTERS.append(act)
 
 
 def forget() -> None:
@@ -234,3 +254,5 @@ def forget() -> None:
         SHELF.forget()
         for lookup in LOOKUPS:
             lookup.known.clear()
+        for act in FORGETTERS:
+            act()

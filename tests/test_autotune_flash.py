@@ -10,13 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+from triton.runtime.errors import OutOfResources
 
-from longspan.autotune import Case, Family, folders, override, table
+from longspan.autotune import Case, Family, folders, forget, overridden, override, table, untuned
 from longspan.autotune.device import Device, illegal, minor, triton_version
 from longspan.autotune.digest import digest
 from longspan.autotune.family import canonical, families, imported
 from longspan.autotune.pool import Pool, every
 from longspan.backends import flash
+from longspan.backends.flash.choices import Key, choose, heuristic
+from longspan.backends.flash.fitting import fitting
 from longspan.cli import tune_gate
 from longspan.cli.tune import SOURCES, launched, pick
 from longspan.laws.mutants import MUTANTS
@@ -116,6 +119,28 @@ def test_results_that_nobody_wrote_do_not_pass(monkeypatch: pytest.MonkeyPatch) 
     broken = replace(FAMILIES["flash.forward"], backend="a_mutant")
     with pytest.raises(AssertionError, match="exceeds budget"):
         tune_gate.gate(broken, SMALL["flash.forward"][0], DEVICE, whole=False)
+
+
+def test_a_tuned_choice_that_does_not_fit_gives_way_to_the_heuristic(caplog: pytest.LogCaptureFixture) -> None:
+    forget()
+    asked: list[bool] = []
+
+    def launch(x: int) -> int:
+        asked.append(overridden())
+        if not overridden() or x < 0:
+            raise OutOfResources(300_000, 232_448, "shared memory")
+        return x
+
+    fitted = fitting(launch)
+    assert [fitted(1), fitted(2)] == [1, 2]
+    assert asked == [False, True, False, True]
+    (record,) = caplog.records
+    assert "does not fit this problem" in record.getMessage()
+    with override({"flash.forward": {}}), pytest.raises(OutOfResources):
+        fitted(-1)  # a choice that was forced, and is measured, must not be answered by another
+    key = Key(kernel="forward", architecture="sm_90", width=64, itemsize=2, masked=True, descriptors=True)
+    with untuned():
+        assert choose(key) == heuristic(key)
 
 
 def test_an_operation_that_the_gate_does_not_know_is_an_error() -> None:

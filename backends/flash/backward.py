@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .fitting import fitting
 from .launch import ALIGNED, INTERPRETED, LOG2_E, Call, describe, flags, padded, per_sequence, select, strides
 from .plan import planned
 from .sight import sight
@@ -357,6 +358,7 @@ def backward(
     return dq, dk, dv, -(share * delta).sum(2)
 
 
+@fitting
 def launch_queries(
     call: Call, q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, lse_two: Tensor, delta: Tensor, dq: Tensor
 ) -> None:
@@ -372,6 +374,7 @@ def launch_queries(
     )  # fmt: skip
 
 
+@fitting
 def launch_keys(
     call: Call, q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, lse_two: Tensor, delta: Tensor, dk: Tensor, dv: Tensor
 ) -> None:

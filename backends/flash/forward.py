@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .fitting import fitting
 from .launch import Call, describe, flags, per_sequence, select, strides
 from .plan import Bound, planned
 from .tiles import (
@@ -153,6 +154,7 @@ def forward_kernel(
     tl.store(at, (acc / total[:, None]).to(out.dtype.element_ty), mask=exists[:, None] & (across < e)[None, :])
 
 
+@fitting
 def forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Launch the forward kernel: ``out [b, h, m, e]`` contiguous, and ``lse [b, h, m]`` float32."""
     (b, h, m, d), (_, g, n, e) = q.shape, v.shape
