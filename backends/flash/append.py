@@ -20,14 +20,13 @@ from longspan.spec.pairing import Pairing
 from .plan import planned
 from .rope import (
     arguments,
-    check_rows,
     declines_derivative,
     declines_heads,
     declines_in_place,
     declines_rotation,
     serve,
 )
-from .rope_function import PLAIN
+from .rope_function import PLAIN, written
 from .rope_kernel import (
     choose_rope,
     columns,
@@ -110,6 +109,7 @@ def append_(
         torch.ops.longspan.flash_append_(*rest)
     else:
         write_(*rest)
+        written(k_cache, v_cache)
 
 
 def declines_append_(
@@ -128,7 +128,6 @@ def declines_append_(
         check_rotate(
             heads, position.unsqueeze(-1), rotation.inv_freq, rotation.attention_factor, rotation.axis, pairing
         )
-        check_rows(k.shape[0], rotation)
         reason = reason or declines_rotation("append_", rotation)
     return reason or declines_derivative("append_", k, v)
 

@@ -12,11 +12,12 @@ from einops import rearrange
 from torch import Tensor
 
 from longspan.spec import AttentionState
+from longspan.spec.bounds import check_fit
 from longspan.spec.checks import check_attention, check_lengths, check_ragged
 from longspan.spec.masks import Mask, documents, everything
 
 from . import decode
-from .function import attend, launch_call
+from .function import attend, launch_call, revealed
 from .launch import INTERPRETED, Again, Call
 from .lowering import lower
 from .plan import Sightings, memory, recall, remember
@@ -75,8 +76,9 @@ def attention(
             state = again(q, k, v, contiguous(sink), contiguous(alibi))
         if state is not None:
             return AttentionState(*state)
+    q, k, v, sink, alibi = revealed(q, k, v, sink, alibi)
     reason = declines_attention(
-        q, k, v, scale=scale, softcap=softcap, sink=sink, alibi=alibi,
+        q, k, v, mask=mask, scale=scale, softcap=softcap, sink=sink, alibi=alibi,
         q_offset=q_offset, k_offset=k_offset, out_dtype=out_dtype,
     )  # fmt: skip
     serve(reason)
@@ -125,7 +127,7 @@ def layout(x: Tensor | None) -> Hashable:
 
 def declines_attention(
     q: Tensor, k: Tensor, v: Tensor, *,
-    mask: Mask = everything(), scale: float | None = None, softcap: float | None = None, sink: Tensor | None = None,  # noqa: ARG001, B008
+    mask: Mask = everything(), scale: float | None = None, softcap: float | None = None, sink: Tensor | None = None,  # noqa: B008
     alibi: Tensor | None = None, q_offset: int | Tensor | None = None, k_offset: int = 0,
     out_dtype: torch.dtype | None = None, deterministic: bool = False,  # noqa: ARG001
 ) -> str | None:  # fmt: skip
@@ -138,6 +140,7 @@ def declines_attention(
         q, k, v, scale=scale, softcap=softcap, sink=sink, alibi=alibi,
         q_offset=q_offset, k_offset=k_offset, out_dtype=out_dtype,
     )  # fmt: skip
+    check_fit(mask, q.shape[0], q.shape[2], q_offset)
     if q.dtype not in DTYPES:
         return f"flash.attention computes in float32 and serves fp16, bf16 and fp32, got {q.dtype}"
     if out_dtype is not None and out_dtype not in DTYPES:
@@ -146,7 +149,9 @@ def declines_attention(
         return f"flash.attention runs on a GPU, or on a CPU under TRITON_INTERPRET=1, got tensors on {q.device}"
     if alibi is not None and alibi.requires_grad and torch.is_grad_enabled():
         return "flash.attention has no gradient for alibi, which requires one"
-    widest = decode.widest(q, k, v)
+    if alibi is not None and isinstance(q_offset, int) and abs(q_offset - k_offset) + q.shape[2] > LONGEST:
+        return f"flash.attention measures ALiBi's distances up to {LONGEST} tokens, got q_offset {q_offset}"
+    widest = decode.widest(q, k, v, sink)
     return declines_layout("q", q, widest) or declines_layout("k", k, widest) or declines_layout("v", v, widest)
 
 
@@ -217,7 +222,8 @@ def declines_attention_varlen(
     """Say why `attention_varlen` would raise `Unsupported`, or None."""
     check_ragged(q=q, k=k, v=v)
     check_lengths(q_lengths=q_lengths, k_lengths=k_lengths)
-    return declines_attention(*map(one_batch, (q, k, v)), **options)
+    mask = documents(q_lengths, k_lengths) & options.pop("mask", everything())
+    return declines_attention(*map(one_batch, (q, k, v)), mask=mask, **options)
 
 
 def one_batch(x: Tensor) -> Tensor:

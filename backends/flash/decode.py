@@ -37,9 +37,9 @@ def fits(d: int, e: int) -> bool:
     return d <= WIDEST_KEY and e <= WIDEST_VALUE
 
 
-def widest(q: Tensor, k: Tensor, v: Tensor) -> int:
+def widest(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None) -> int:
     """Largest head dimension that is served on these shapes."""
-    learns = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, sink))
     return WIDEST_KEY if few(q, k, v) and not learns and fits(q.shape[3], v.shape[3]) else WIDEST
 
 

@@ -71,12 +71,19 @@ def _(
 
 def attend(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
     """Attend, through autograd where it could be looking: binding a Function's arguments costs more than a launch."""
-    if torch.compiler.is_compiling():
-        # Under torch.func.grad, dynamo takes what it differentiates for constants until something was done to it.
-        q, k, v = (x.view_as(x) for x in (q, k, v))
     if watched(q, k, v) or (sink is not None and watched(sink)):
         return Attention.apply(q, k, v, sink, *rest)
     return forward_or_record(q, k, v, sink, *rest)
+
+
+def revealed(*given: Any) -> tuple[Any, ...]:
+    """Let a compiler see which tensors want gradients, before anybody asks whether they do.
+
+    Under torch.func.grad, dynamo takes what it differentiates for constants until something was done to it.
+    """
+    if not torch.compiler.is_compiling():
+        return given
+    return tuple(x.view_as(x) if isinstance(x, Tensor) else x for x in given)
 
 
 def recording(x: Tensor) -> bool:

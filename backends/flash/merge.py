@@ -73,13 +73,17 @@ def merge(*states: AttentionState) -> AttentionState:
     """Attention over the union of disjoint sets of keys in one launch; see `longspan.spec.merge`.
 
     Args:
-        states: Parts, ``out [b, h, m, e]`` in fp16, bf16 or fp32 with a unit last stride, ``lse [b, h, m]`` in fp32.
+        states: Parts, ``out [b, h, m, e]`` in fp16, bf16 or fp32 with a unit last stride, ``lse [b, h, m]`` in fp32;
+            or of ragged batches, ``out [tokens, h, e]`` and ``lse [tokens, h]``.
 
     Raises:
         ValueError: For no state at all, or states of different shapes.
         Unsupported: For what `declines_merge` names.
     """
     serve(declines_merge(*states))
+    if states[0].out.ndim == 3:  # ragged: rows [tokens, h], which the kernel counts as it counts those of a batch
+        whole_state = merge(*(AttentionState(out.unsqueeze(0), lse.unsqueeze(0)) for out, lse in states))
+        return AttentionState(whole_state.out.squeeze(0), whole_state.lse.squeeze(0))
     dtype = states[0].out.dtype
     while len(states) > AT_ONCE:
         states = (whole(states[:AT_ONCE], None, torch.float32), *states[AT_ONCE:])

@@ -19,14 +19,16 @@ from longspan.spec.paged import gather
 from .attention import DTYPES, LONGEST, contiguous, layout, one_batch
 from .decode import WIDEST, alike, fits, merge_flags, pieces
 from .decode_choices import PagedChoice, choose_paged, paged_key
+from .function import revealed
 from .launch import INTERPRETED, Call, describable, describe, padded, quiet
 from .paged_kernel import paged_kernel, paged_merge_kernel
-from .plan import Bound, memory, recall, remember
+from .plan import Bound, Sightings, memory, recall, remember
 from .rope import serve
 from .rope_function import PLAIN, transformed, watched
 from .rope_kernel import on
 
 REPEATED: Final[dict[Any, "Repeated"]] = memory()  # what `asked` returns, to how it was launched
+SEEN: Final = Sightings()
 FARTHEST: Final = 2**30  # tokens: positions and their differences stay inside int32
 
 
@@ -119,8 +121,9 @@ def attention_paged(
             state = again(*given, contiguous(sink), contiguous(alibi))
         if state is not None:
             return AttentionState(*state)
+    q, k_pages, v_pages, sink, alibi = revealed(q, k_pages, v_pages, sink, alibi)
     reason = declines_attention_paged(
-        *given, mask=mask, scale=scale, softcap=softcap, sink=sink,
+        q, q_lengths, k_pages, v_pages, table, lengths, mask=mask, scale=scale, softcap=softcap, sink=sink,
         alibi=alibi, out_dtype=out_dtype, deterministic=deterministic,
     )  # fmt: skip
     serve(reason)
@@ -134,7 +137,7 @@ def attention_paged(
     if torch.compiler.is_compiling() or type(q) not in PLAIN:
         return AttentionState(*torch.ops.longspan.flash_attention_paged(*rest))
     out, lse, again = run(*rest)
-    if again is not None:
+    if key is not None and again is not None and SEEN.again(key):
         remember(REPEATED, key, again)
     return AttentionState(out, lse)
 
@@ -146,6 +149,8 @@ def asked(
     """All of a call but the contents and addresses of its tensors; None if it is watched, see `attention.asked`."""
     if type(mask) is not Mask or watched(*given, *(x for x in (sink, alibi) if x is not None)):
         return None
+    if any(x.device != given[0].device for x in given):
+        return None  # what is launched is a copy of it
     return (*map(layout, given), mask.terms, scale, softcap, layout(sink), layout(alibi), out_dtype)
 
 

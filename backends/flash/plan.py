@@ -23,7 +23,7 @@ from triton.compiler import CompiledKernel
 from triton.runtime import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from longspan.autotune import overridden
+from longspan.autotune import on_forget, overridden
 
 from .direct import Described, Direct
 
@@ -35,9 +35,11 @@ MEMORIES: Final[list[Any]] = []
 
 
 def memory() -> dict[Any, Any]:
-    """Make a dictionary that `forget` empties."""
-    MEMORIES.append({})
-    return MEMORIES[-1]
+    """Make a dictionary that `forget` empties, and the tuner's where it has something new to say."""
+    known: dict[Any, Any] = {}
+    MEMORIES.append(known)
+    on_forget(known.clear)
+    return known
 
 
 class Sightings:
@@ -54,7 +56,10 @@ class Sightings:
 
     def again(self, key: Hashable) -> bool:
         """Whether a problem was seen before; from now on it was."""
-        mark = hash(key)
+        try:
+            mark = hash(key)
+        except TypeError:  # see `recall`
+            return False
         if mark in self.marks:
             return True
         if len(self.marks) >= MANY:

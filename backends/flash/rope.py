@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from longspan.spec import Rotation
-from longspan.spec.checks import check_rerotate, check_rotate, refuse
+from longspan.spec.checks import check_rerotate, check_rotate
 from longspan.spec.pairing import Pairing
 
 from ..registry import Unsupported
 from .plan import Bound, Sightings, memory, recall, remember
 from .rope_function import transformed, turn_, turn_out, turned, watched
-from .rope_function import unit as unit  # noqa: PLC0414 - attention takes it from here
 from .rope_kernel import INTERPRETED, on
 
 DTYPES: Final = (torch.float16, torch.bfloat16, torch.float32)
@@ -157,7 +156,6 @@ def declines_rotate(x: Tensor, position: Tensor, rotation: Rotation, *, pairing:
         ValueError: For what means nothing, as the specification.
     """
     check_rotate(x, position, rotation.inv_freq, rotation.attention_factor, rotation.axis, pairing)
-    check_rows(x.shape[0], rotation)
     return declines_heads("rotate", x) or declines_rotation("rotate", rotation)
 
 
@@ -195,15 +193,6 @@ def declines_rotate_qk_(
 ) -> str | None:
     """Say why `rotate_qk_` would raise `Unsupported`, or None; see `declines_rotate`."""
     return declines_rotate_qk(q, k, position, rotation, pairing=pairing) or declines_in_place("rotate_qk_", q, k)
-
-
-def check_rows(b: int, rotation: Rotation) -> None:
-    """Refuse attention factors and axes that do not fit the batch and the planes."""
-    factor, axis, planes = rotation.attention_factor, rotation.axis, rotation.inv_freq.shape[-1]
-    if isinstance(factor, Tensor) and list(factor.shape) not in ([], [1], [b]):
-        refuse("rows of attention_factor", f"none, 1 or the batch of {b}", list(factor.shape))
-    if axis is not None and list(axis.shape) != [planes]:
-        refuse("axis", f"one number per plane, [{planes}]", list(axis.shape))
 
 
 def declines_heads(operation: str, *heads: Tensor) -> str | None:

@@ -170,6 +170,12 @@ def turn_(x: Sequence[Tensor], *rest: Any) -> None:
         torch.ops.longspan.flash_rotate_(list(x), *rest)
     else:
         turn_raw_(x, *rest)
+        written(*x)
+
+
+def written(*overwritten: Tensor) -> None:
+    """Tell autograd what a launch overwrote, so that it refuses a backward that would read it."""
+    torch.autograd.graph.increment_version([x for x in overwritten if not x.is_inference()])
 
 
 torch.library.impl("longspan::flash_rotate", ("cuda", "cpu"), turn)
