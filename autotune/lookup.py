@@ -2,7 +2,7 @@
 
 In this order: what `override` says, the user's own results, the table shipped for this device, the same again made
 under another minor version of Triton, the nearest device of the same architecture, the nearest key, the heuristic.
-All but the first three are announced once, at the logger ``longspan``.
+All but the first three are announced once, at the logger ``longspan``: as a warning where device or compiler differ.
 """
 
 import logging
@@ -65,8 +65,8 @@ class Found:
     """A row, and how it was found."""
 
     row: dict[str, Any]
-    device: Device
     notice: str | None
+    level: int
 
 
 class Lookup(Generic[K, C]):
@@ -77,14 +77,20 @@ class Lookup(Generic[K, C]):
         build: From a key and a row's choice to a choice. TypeError and ValueError mean that it is of another time.
         heuristic: From a key to the choice that serves where no row does.
         sources: Import strings of the functions that a family compiles, by its name; rows of other code do not serve.
-        nearby: Names of numbers of a key in which a row may differ, if no row has the same.
+        nearby: Numbers of a key in which a row may differ, by so much, if no row has the same.
     """
 
     def __init__(
         self, asked: Callable[[K], Asked], build: Callable[[K, Values], C], heuristic: Callable[[K], C],
-        sources: Mapping[str, Sequence[str]], nearby: Sequence[str] = (),
+        sources: Mapping[str, Sequence[str]], nearby: Mapping[str, float] | None = None,
     ) -> None:  # fmt: skip
-        self.asked, self.build, self.heuristic, self.sources, self.nearby = asked, build, heuristic, sources, nearby
+        self.asked, self.build, self.heuristic, self.sources, self.nearby = (
+            asked,
+            build,
+            heuristic,
+            sources,
+            nearby or {},
+        )
         self.known: dict[K, C] = {}
         LOOKUPS.append(self)
 
@@ -122,7 +128,7 @@ class Lookup(Generic[K, C]):
                 SHELF.say(f"a tuned choice of {asked.family} is of another time and was passed over: {error}")
                 continue
             if found.notice is not None:
-                SHELF.say(found.notice)
+                SHELF.say(found.notice, found.level)
             return choice
         SHELF.say(
             f"no tuned choice of {asked.family} for {phrase(asked.key)} on {device.slug}: the heuristic serves "
@@ -180,7 +186,7 @@ class Shelf:
                 for row in found["rows"]:
                     self.rows.setdefault(row["family"], []).append((row, table.device_of(found)))
 
-    def search(self, asked: Asked, device: Device, code: str, nearby: Sequence[str]) -> Iterator[Found]:
+    def search(self, asked: Asked, device: Device, code: str, nearby: Mapping[str, float]) -> Iterator[Found]:
         """Yield rows that could serve, best first."""
         self.load()
         current_minor, name = minor(triton_version()), canonical(asked.key)
@@ -199,7 +205,10 @@ class Shelf:
             other = minor(row["triton"]) != current_minor
             # Sorted by how far the row is from what was asked: another key, another device, another compiler.
             far = (apart, owner.slug != device.slug, abs(owner.multiprocessors - device.multiprocessors), other, at)
-            usable.append((far, Found(row, owner, notice(row, owner, device, name, current_minor))))
+            said = notice(row, owner, device, name, current_minor)
+            # Another size of this device's own is no reason to worry; another device or compiler may be.
+            level = logging.WARNING if other or owner.slug != device.slug else logging.INFO
+            usable.append((far, Found(row, said, level)))
         yield from (found for _, found in sorted(usable, key=lambda pair: pair[0]))
 
 
@@ -217,16 +226,17 @@ def notice(row: dict[str, Any], owner: Device, device: Device, name: str, compil
     return f"choices of {row['family']} were " + "; ".join(differs) + " (`longspan tune` measures this GPU once)"
 
 
-def distance(tuned: Values, asked: Values, nearby: Sequence[str]) -> float | None:
-    """How far apart two keys are in the numbers that may differ; None where others do."""
+def distance(tuned: Values, asked: Values, nearby: Mapping[str, float]) -> float | None:
+    """How far apart two keys are in the numbers that may differ; None where others do, or these do by too much."""
     if set(tuned) != set(asked):
         return None
     apart = 0.0
     for name, value in asked.items():
         if tuned[name] != value:
-            if name not in nearby:
+            differs = abs(float(tuned[name]) - float(value)) if name in nearby else 0.0
+            if not 0 < differs <= nearby.get(name, 0.0):
                 return None
-            apart += abs(float(tuned[name]) - float(value))
+            apart += differs
     return apart
 
 

@@ -47,7 +47,7 @@ def make(**changed: Any) -> Lookup[Key, int]:
     """Make a lookup whose heuristic is 1."""
     settings: dict[str, Any] = {
         "asked": lambda key: Asked("made.up", key.arch, {"width": key.width, "length": key.length}), "build": build,
-        "heuristic": lambda key: 1, "sources": {"made.up": (f"{__name__}:launched",)}, "nearby": ("length",),  # noqa: ARG005
+        "heuristic": lambda key: 1, "sources": {"made.up": (f"{__name__}:launched",)}, "nearby": {"length": 5.0},  # noqa: ARG005
     }  # fmt: skip
     return Lookup(**{**settings, **changed})
 
@@ -125,21 +125,22 @@ def test_an_override_stands_above_everything_and_ends_with_its_context(shelves: 
 
 
 @pytest.mark.parametrize(
-    ("device", "changed", "said"),
+    ("device", "changed", "said", "level"),
     [
-        (HERE, {"triton": "3.5.0"}, "tuned under triton 3.5.0, and this is 3.6"),
-        (SMALLER, {}, "tuned on sm_90-114sm-50mb-227kb, and this is sm_90-132sm-50mb-227kb"),
-        (HERE, {"length": 12}, "tuned for width 64, length 12, the nearest key"),
+        (HERE, {"triton": "3.5.0"}, "tuned under triton 3.5.0, and this is 3.6", "WARNING"),
+        (SMALLER, {}, "tuned on sm_90-114sm-50mb-227kb, and this is sm_90-132sm-50mb-227kb", "WARNING"),
+        (HERE, {"length": 12}, "tuned for width 64, length 12, the nearest key", "INFO"),
     ],
 )
 def test_what_is_not_exact_serves_and_says_so_once(
-    shelves: Shelves, caplog: pytest.LogCaptureFixture, device: Device, changed: dict[str, Any], said: str
+    shelves: Shelves, caplog: pytest.LogCaptureFixture, device: Device, changed: dict[str, Any], said: str, level: str
 ) -> None:
     shelves.put("shipped", device, row(5, **changed))
     find = make()
-    assert [find(Key(64)), find(Key(64))] == [5, 5]
+    with caplog.at_level(logging.INFO, "longspan"):
+        assert [find(Key(64)), find(Key(64))] == [5, 5]
     (record,) = caplog.records
-    assert record.levelname == "WARNING"
+    assert record.levelname == level
     assert record.name == "longspan"
     assert said in record.getMessage()
 
@@ -151,6 +152,7 @@ def test_the_nearest_of_several_serves(shelves: Shelves) -> None:
     find = make()
     assert find(Key(64)) == 3  # of this key, on the device that is most alike
     assert find(Key(64, length=14)) == 5  # of the nearest key
+    assert find(Key(64, length=18)) == 1  # none is near enough
     assert find(Key(32)) == 1  # another width is another kernel
 
 

@@ -99,5 +99,5 @@ TUNED: Final[Lookup[RopeKey, RopeChoice | None]] = Lookup(
     build,
     lambda _: None,
     SOURCES,
-    nearby=("tokens", "heads"),
+    nearby={"tokens": 1.0},
 )
