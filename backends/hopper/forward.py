@@ -459,8 +459,8 @@ def consume(  # noqa: C901, PLR0915 - the schedule is one piece
         write(acc, line, row, m, e, out, out_at, outs.index(w), C)
         if C.REUSE:
             mbarrier.arrive(q_empty.index(w), count=1)
-        if C.LEFT:
-            it = skip(it, after, bars, C.STAGES)
+        if MASKED:
+            it = skip(it, after, bars, C.STAGES)  # also where no query of this warpgroup exists
         mbarrier.wait(next_full, parity)
         index = gl.sum(mailbox.load(gl.BlockedLayout([1], [32], [4], [0])), axis=0)
         mbarrier.arrive(next_empty, count=1)
