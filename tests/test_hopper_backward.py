@@ -42,9 +42,18 @@ CASES: list[tuple[str, float, dict[str, Any]]] = [
 ]  # fmt: skip
 MASKED = [
     Attention(b=2, h=4, g=2, m=m, n=n, d=d, e=d, dtype="bfloat16", mask=mask, dead=dead, needle=True, seed=m, **more)
-    for d, m, n in ((128, 300, 450), (64, 450, 300))
+    for d, m, n in ((128, 300, 450), (64, 450, 300), (256, 300, 410))
     for mask, dead, more in CASES
 ]
+WIDE = [
+    Attention(b=b, h=h, g=g, m=m, n=n, d=d, e=e, dtype=dtype, mask=mask, seed=m + n)
+    for dtype, d, e in (
+        ("bfloat16", 256, 256), ("float16", 256, 256), ("bfloat16", 192, 128), ("float16", 256, 64),
+        ("bfloat16", 64, 256), ("bfloat16", 160, 200),
+    )
+    for mask in ("everything()", "causal()")
+    for b, h, g, m, n in ((2, 4, 2, 333, 401), (1, 6, 1, 515, 130))
+]  # fmt: skip
 
 
 def lowered(mask: Mask, b: int, m: int, n: int, options: dict[str, Any], device: torch.device) -> Any:
@@ -80,6 +89,6 @@ def worst_gradient(problem: Attention, *, deterministic: bool = False, **how: An
 
 @needs_hopper
 @pytest.mark.parametrize("deterministic", [False, True])
-@pytest.mark.parametrize("problem", PLAIN + MASKED, ids=repr)
+@pytest.mark.parametrize("problem", PLAIN + WIDE + MASKED, ids=repr)
 def test_gradients_are_exact(problem: Attention, deterministic: bool) -> None:
     assert worst_gradient(problem, deterministic=deterministic) <= 1

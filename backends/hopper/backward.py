@@ -3,6 +3,7 @@
 Shapes: b batch, h query heads, g key heads, m queries, n keys, d head dimension, e value dimension.
 """
 
+from functools import cache
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -15,10 +16,11 @@ from ..flash.lowering import all_seen
 from ..flash.sight import sight
 from .backward_kernel import backward_kernel
 from .backward_passes import finish_kernel, prepare_kernel
-from .gluon import TensorDescriptor, gl
+from .backward_wide_kernel import backward_wide_kernel
+from .gluon import VERSION, TensorDescriptor, gl
 from .launch import Call, declines_address, describe, padded
 
-WIDEST: Final = 128  # of a head, keys or values: dK and dV of a key tile are summed in registers
+NARROW: Final = 128  # of a head, keys or values: what one warpgroup can sum dK and dV of
 LINES: Final = 128  # rows of a head are padded to a multiple of it, and so of every tile
 
 
@@ -30,28 +32,38 @@ class Choice(NamedTuple):
         tile_n: Keys of a tile.
         stages: Tiles of queries in the ring.
         together: Heads that are worked on at the same time; see `backward_tiles.assignment`.
+        persistent: Whether a block of threads takes tile after tile of keys, and fetches the next meanwhile, or one.
     """
 
     tile_m: int
     tile_n: int = 128
     stages: int = 2
-    together: int = 1
+    together: int = 4
+    persistent: bool = False
 
 
-def choose(d: int, e: int) -> Choice:
-    """Choose how the kernel is launched for padded dimensions."""
-    return Choice(tile_m=128 if max(d, e) == 64 else 64)
+def choose(d: int, e: int, *, plain: bool = True, even: bool = False) -> Choice:
+    """Choose how the kernel is launched for heads of d and values of e columns.
+
+    ``plain`` says that nothing else needs registers, as bounds of rows and a softcap do; ``even`` that all keys are
+    seen by as many queries. Triton 3.9 needs more registers than 3.6, for which this was measured (`docs/notes.md`).
+    """
+    if max(d, e) > NARROW:
+        return Choice(tile_m=64, tile_n=64)
+    if max(padded(d), padded(e)) > 64:
+        return Choice(tile_m=64)
+    return Choice(tile_m=128 if plain and VERSION < (3, 8) else 64, together=4 if even else 16, persistent=True)
+
+
+def widths(d: int, e: int) -> tuple[int, int]:
+    """Columns of tiles: powers of two, and at least two swizzle atoms where each warpgroup has half of them."""
+    least = NARROW if max(d, e) > NARROW else 0
+    return max(padded(d), least), max(padded(e), least)
 
 
 def declines_backward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> str | None:
-    """Say why `backward` would not run, or None."""
-    del call, k
-    if max(q.shape[3], v.shape[3]) > WIDEST:
-        return (
-            f"hopper.attention has gradients for head dimensions up to {WIDEST}, "
-            f"got {q.shape[3]} of q and {v.shape[3]} of v"
-        )
-    return None
+    """Say why `backward` would not run where the forward pass does, or None: it serves whatever that does."""
+    del call, q, k, v
 
 
 def backward(
@@ -78,7 +90,12 @@ def backward(
         Gradients of q, k and v, contiguous, and of the sinks by sequence, ``[b, h]``, or ``[b, 0]`` without sinks.
     """
     b, h, m, e = out.shape
-    choice = choose(padded(q.shape[3]), padded(e)) if choice is None else choice
+    if choice is None:
+        low, high, stop, _, _ = call.interval
+        affine = call.rows is None and call.sequences is None
+        even = affine and low <= 1 - m and high >= k.shape[2] and stop >= k.shape[2]
+        choice = choose(q.shape[3], e, plain=call.rows is None and call.softcap is None, even=even)
+    width = widths(q.shape[3], e)[0]
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     d_out = d_out.to(v.dtype)
     d_out = d_out if declines_address("d_out", d_out) is None else d_out.contiguous()
@@ -86,18 +103,22 @@ def backward(
     lse_two, delta = lse.new_empty(2, b, h, lines)
     if b * h * m:
         d_lse = None if d_lse is None else d_lse.contiguous()
-        prepare_kernel[(b * h * lines // 16,)](
+        prepare_kernel[(b * h * lines // 32,)](
             out, d_out, lse, d_lse, lse_two, delta, *d_out.stride()[:3], h, m, lines, e,
-            R=16, E=padded(e), D_LSE=d_lse is not None,
+            R=32, E=padded(e), D_LSE=d_lse is not None,
         )  # fmt: skip
     if out.numel() and dk.numel():
-        sums = None if call.deterministic else lse.new_zeros(b, h, lines, padded(q.shape[3]))
-        launch(call, choice, q, k, v, d_out, lse_two, delta, sums, dk, dv)
+        # The sums of dq, and behind them the number of tiles that were handed out.
+        count = 0 if call.deterministic else b * h * lines * width
+        zeros = lse.new_zeros(count + 4)
+        sums = zeros[:count] if count else None
+        launch(call, choice, q, k, v, d_out, lse_two, delta, sums, zeros[count:].view(torch.int32), dk, dv)
         if sums is None:
             launch_queries(call, q, k, v, d_out, lse_two[..., :m].contiguous(), delta[..., :m].contiguous(), dq)
         else:
-            finish_kernel[(b * h * lines // 32,)](
-                sums, dq, m, lines, q.shape[3], call.scale, R=32, D=padded(q.shape[3])
+            parts = 4 if choice.tile_n == 64 else 1 if choice.tile_m == 128 else 2
+            finish_kernel[(b * h * lines // 64,)](
+                sums, dq, m, lines, q.shape[3], call.scale, D=width, PARTS=parts, num_warps=8
             )
     else:
         for x in (dq, dk, dv):
@@ -111,29 +132,49 @@ def backward(
 
 def launch(
     call: Call, choice: Choice, q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, lse_two: Tensor, delta: Tensor,
-    sums: Tensor | None, dk: Tensor, dv: Tensor,
+    sums: Tensor | None, counter: Tensor, dk: Tensor, dv: Tensor,
 ) -> None:  # fmt: skip
     """Launch the kernel that sums dk and dv, and adds dq to ``sums`` if there are any."""
     (b, h, m, d), (_, g, n, e) = q.shape, v.shape
-    tall, half = choice.tile_m, choice.tile_n // 2
-    part = [tall // 2, padded(d)] if tall == 128 else [tall, padded(d) // 2]
-    key_tiles = triton.cdiv(n, choice.tile_n)
-    seers = None if call.rows is None else sight(call.rows, call.interval[4], n, choice.tile_n)
+    tall, wide = choice.tile_m, choice.tile_n
+    columns, value_columns = widths(d, e)
+    key_tiles = triton.cdiv(n, wide)
+    items = key_tiles * g * b
+    seers = None if call.rows is None else sight(call.rows, call.interval[4], n, wide)
     scale, inner, outer = call.factors
-    backward_kernel[(key_tiles * g * b,)](
-        describe(q, tall, padded(d)), describe(k, half, padded(d)), describe(v, half, padded(e)),
-        describe(d_out, tall, padded(e)),
-        describe_lines(lse_two.flatten(0, 1), [1, tall]), describe_lines(delta.flatten(0, 1), [1, tall]),
-        None if sums is None else describe_lines(sums.flatten(0, 2), part),
-        describe(dk, half, padded(d)), describe(dv, half, padded(e)),
-        call.alibi, call.rows, call.sequences, seers,
+    masks = (call.alibi, call.rows, call.sequences, seers)
+    numbers = (
         per_sequence(call.alibi), h, h // g, m, lse_two.shape[2], *call.interval, b * m,
         -scale if call.negative else scale, inner, outer, call.scale, key_tiles, b, choice.together,
-        M=tall, N=choice.tile_n, D=padded(d), E=padded(e), STAGES=choice.stages,
-        ROWS=call.rows is not None, EACH=call.sequences is not None, KEEP=call.lowered.keep > 0,
-        SOFTCAP=call.softcap is not None, ALIBI=call.alibi is not None, DEAD=not all_seen(call.lowered, m, n),
-        ADD=sums is not None, num_warps=4,
     )  # fmt: skip
+    lines = [describe_lines(x.flatten(0, 1), [1, tall]) for x in (lse_two, delta)]
+    flags = {
+        "M": tall, "N": wide, "D": columns, "E": value_columns, "STAGES": choice.stages,
+        "ROWS": call.rows is not None, "EACH": call.sequences is not None, "KEEP": call.lowered.keep > 0,
+        "SOFTCAP": call.softcap is not None, "ALIBI": call.alibi is not None,
+        "DEAD": not all_seen(call.lowered, m, n), "ADD": sums is not None, "num_warps": 4,
+    }  # fmt: skip
+    if max(d, e) > NARROW:
+        columns, value_columns = columns // 2, value_columns // 2
+        backward_wide_kernel[(items,)](
+            describe(q, tall, columns), describe(k, wide, columns), describe(v, wide, value_columns),
+            describe(d_out, tall, value_columns), *lines, sums,
+            describe(dk, wide, columns), describe(dv, wide, value_columns), *masks, *numbers, **flags,
+        )  # fmt: skip
+        return
+    half = wide // 2
+    backward_kernel[(min(items, processors(q.device.index)) if choice.persistent else items,)](
+        describe(q, tall, columns), describe(k, half, columns), describe(v, half, value_columns),
+        describe(d_out, tall, value_columns), *lines, sums,
+        describe(dk, half, columns), describe(dv, half, value_columns), *masks, counter, *numbers, **flags,
+        PERSISTENT=choice.persistent,
+    )  # fmt: skip
+
+
+@cache
+def processors(device: int) -> int:
+    """Count the multiprocessors of a GPU: a block of threads fills one."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def describe_lines(x: Tensor, block: list[int]) -> Any:

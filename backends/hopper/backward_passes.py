@@ -36,12 +36,17 @@ def prepare_kernel(
 
 
 @triton.jit
-def finish_kernel(sums, dq, m, m_padded, d, scale, R: tl.constexpr, D: tl.constexpr):
-    """Scale the sums [lines, D] of dq and round them to its dtype."""
-    line = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
+def finish_kernel(sums, dq, m, m_padded, d, scale, D: tl.constexpr, PARTS: tl.constexpr):
+    """Sort the sums of 64 rows of dq (see `backward_kernel.add_queries`), scale and round them.
+
+    They lie in PARTS parts of D / PARTS columns each; in a part by block of 8 columns, by warp, by row of 8, by thread
+    of the row, by upper and lower row, by neighbour.
+    """
+    line = tl.program_id(0).to(tl.int64) * 64
+    x = tl.load(sums + line * D + tl.arange(0, 64 * D))
+    x = tl.reshape(x, [PARTS, D // PARTS // 8, 4, 8, 4, 2, 2])
+    x = tl.reshape(tl.permute(x, [2, 5, 3, 0, 1, 4, 6]), [64, D]) * scale
+    row = line % m_padded + tl.arange(0, 64)
     across = tl.arange(0, D)
-    row = line % m_padded
-    inside = (row < m)[:, None] & (across < d)[None, :]
-    x = tl.load(sums + line[:, None] * D + across[None, :], mask=inside, other=0.0) * scale
     at = dq + (line // m_padded * m + row)[:, None] * d + across[None, :]
-    tl.store(at, x.to(dq.dtype.element_ty), mask=inside)
+    tl.store(at, x.to(dq.dtype.element_ty), mask=(row < m)[:, None] & (across < d)[None, :])

@@ -43,7 +43,7 @@ def sight(lowest, highest, full_lowest, full_highest, M: gl.constexpr):
 def affine_sight(start, m, low, high, stop, M: gl.constexpr, N: gl.constexpr):
     """See `sight`, for keys ``[start, start + N)`` where row i sees ``i + low <= j < min(i + high, stop)``."""
     lowest = min(max(start - high + 1, 0), m)
-    highest = max(min(start + N - low, m), 0)
+    highest = max(min(min(start + N, stop) - low, m), 0)
     full_lowest = max(start + N - high, 0)
     full_highest = max(min(start - low + 1, m), 0)
     if start >= stop:
@@ -97,3 +97,15 @@ def advance(start, line, low, high, head_low, head_high, stride, M: gl.constexpr
         start = low
         line += stride
     return start, line
+
+
+@gluon.jit
+def count_tiles(
+    tile, batch, m, low, high, stop, sequences, seers, key_tiles,
+    M: gl.constexpr, N: gl.constexpr, ROWS: gl.constexpr, EACH: gl.constexpr, KEEP: gl.constexpr,
+):  # fmt: skip
+    """Say how many tiles of queries see a tile of keys."""
+    low, high, _full_low, _full_high, head_low, head_high = sight_of_tile(
+        tile, batch, m, low, high, stop, sequences, seers, key_tiles, M, N, ROWS, EACH, KEEP
+    )
+    return (high - low + head_high - head_low) // M
