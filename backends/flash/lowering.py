@@ -13,6 +13,7 @@ from torch import Tensor
 
 from longspan.spec import bounds
 from longspan.spec.affine import affine
+from longspan.spec.bounds import check_fit
 from longspan.spec.masks import Mask
 
 FARTHEST = 2**30  # tokens: positions and their differences stay inside int32
@@ -48,7 +49,8 @@ class Lowered(NamedTuple):
 def lower(
     mask: Mask, b: int, m: int, n: int, *, q_offset: int | Tensor | None, k_offset: int, device: torch.device
 ) -> Lowered:
-    """Lower a mask to the cheaper form that holds it."""
+    """Lower a mask to the cheaper form that holds it; ValueError for one that was made for another problem."""
+    check_fit(mask, b, m, q_offset)
     moving = affine(mask, m, n, q_offset=q_offset, k_offset=k_offset, device=device)
     if moving is None:
         seen = bounds(mask, b, m, n, q_offset=q_offset, k_offset=k_offset, device=device)
