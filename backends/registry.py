@@ -12,10 +12,10 @@ from typing import Any, Final, Protocol, cast, runtime_checkable
 from longspan.spec import AttentionState
 
 # Fastest first: the order in which `auto` asks.
-NAMES: Final = ("flash", "sdpa", "eager")
+NAMES: Final = ("hopper", "flash", "sdpa", "eager")
 
 # Packages that a backend imports beyond what longspan itself requires everywhere.
-NEEDS: Final[dict[str, tuple[str, ...]]] = {"flash": ("triton",)}
+NEEDS: Final[dict[str, tuple[str, ...]]] = {"hopper": ("triton",), "flash": ("triton",)}
 
 OPERATIONS: Final = (
     "rotate", "rotate_qk", "rerotate", "attention", "attention_varlen", "attention_paged", "append_", "merge",

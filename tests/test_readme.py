@@ -30,14 +30,24 @@ def heads(d: int = 64, dtype: torch.dtype = torch.float32, tokens: int = 8) -> l
     return [torch.randn(1, 2, tokens, d, device=DEVICE).to(dtype) for _ in range(3)]
 
 
+def native(of: Any) -> torch.dtype:
+    """A dtype that a backend serves."""
+    return torch.float32 if of.declines("attention", *heads()) is None else torch.bfloat16
+
+
 def asked(**options: Any) -> Callable[[Any], str | None]:
     """Ask about an option of attention."""
-    return lambda of: of.declines("attention", *heads(), **options)
+    return lambda of: of.declines("attention", *heads(dtype=native(of)), **options)
 
 
-def odd_head(of: Any) -> str | None:
-    """Ask about a head dimension that is no multiple of 8."""
-    return of.declines("attention", *heads(12))
+def head(d: int, e: int | None = None) -> Callable[[Any], str | None]:
+    """Ask about a head dimension, and one of the values."""
+    return lambda of: of.declines("attention", *heads(d, native(of))[:2], heads(e or d, native(of))[0])
+
+
+def wide(tokens: int) -> Callable[[Any], str | None]:
+    """Ask about a head dimension above 256, of few queries or many."""
+    return lambda of: of.declines("attention", *heads(320, native(of), tokens))
 
 
 # What a backend may decline, by the words of README's table.
@@ -53,9 +63,11 @@ FEATURES: Final[dict[str, Callable[[Any], str | None]]] = {
     "q_offset": asked(q_offset=torch.tensor([2], device=DEVICE)),
     "negative scale": asked(scale=-1.0),
     "deterministic": asked(deterministic=True),
-    "head dims that are no multiple of 8": odd_head,
-    "head dims above 256 of many queries": lambda of: of.declines("attention", *heads(320, tokens=65)),
-    "value dims of their own": lambda of: of.declines("attention", *heads()[:2], heads(40)[0]),
+    "head dims that are no multiple of 8": head(12),
+    "head dims above 256": wide(8),
+    "head dims above 256 of many queries": lambda of: None if wide(8)(of) else wide(65)(of),
+    "value dims of their own": head(64, 40),
+    "float32": lambda of: of.declines("attention", *heads()),
     "float64": lambda of: of.declines("attention", *heads(dtype=torch.float64)),
     "bfloat16": lambda of: of.declines("attention", *heads(dtype=torch.bfloat16)),
     "attention_paged": lambda of: of.declines(
