@@ -114,7 +114,7 @@ def backward(
         sums = zeros[:count] if count else None
         launch(call, choice, q, k, v, d_out, lse_two, delta, sums, zeros[count:].view(torch.int32), dk, dv)
         if sums is None:
-            launch_queries(call, q, k, v, d_out, lse_two[..., :m].contiguous(), delta[..., :m].contiguous(), dq)
+            launch_queries(call, q, k, v, d_out, lse_two[..., :m], delta[..., :m], dq)
         else:
             parts = 4 if choice.tile_n == 64 else 1 if choice.tile_m == 128 else 2
             finish_kernel[(b * h * lines // 64,)](
