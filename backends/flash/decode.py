@@ -9,7 +9,7 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
-from .decode_choices import FewChoice, choose_few, few_key
+from .decode_choices import FewChoice, choose_few, few_key, processors
 from .decode_kernel import few_kernel, few_merge_kernel
 from .launch import INTERPRETED, Call, all_seen, describable, describe, padded, per_sequence, strides
 from .plan import Bound
@@ -19,17 +19,23 @@ WIDEST_KEY: Final = 1024  # of a head in two pieces, the first a power of two
 WIDEST_VALUE: Final = 512
 FEW: Final = 32  # queries
 FEW_INTERPRETED: Final = 7  # so that the other kernels, too, have their share of the laws' small problems
+CHUNK: Final = 256  # queries of a prompt's chunk that may leave half of the multiprocessors idle, and is split then
+TALL: Final = 128  # queries of a tile of the kernel that does not split
 ROWS: Final = 128  # queries times the heads that share a key head: two row tiles, which read every key twice
 
 
 def few(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether the queries are so few that the keys are split over programs; from shapes alone."""
-    (_, h, m, d), (_, g, n, _), e = q.shape, k.shape, v.shape[3]
+    (b, h, m, d), (_, g, n, _), e = q.shape, k.shape, v.shape[3]
     if max(d, e) > WIDEST:
         return m <= FEW and fits(d, e)
     if INTERPRETED:
         return m <= FEW_INTERPRETED
-    return m <= FEW and m * h <= ROWS * g and n >= 4 * m
+    if m <= FEW:
+        return m * h <= ROWS * g and n >= 4 * m
+    if m > CHUNK or n < 16 * m or q.element_size() == 4:
+        return False
+    return 2 * b * h * -(-m // TALL) <= processors(q.device.index or 0)
 
 
 def fits(d: int, e: int) -> bool:
@@ -40,7 +46,8 @@ def fits(d: int, e: int) -> bool:
 def widest(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None) -> int:
     """Largest head dimension that is served on these shapes."""
     learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, sink))
-    return WIDEST_KEY if few(q, k, v) and not learns and fits(q.shape[3], v.shape[3]) else WIDEST
+    wide = max(q.shape[3], v.shape[3]) > WIDEST
+    return WIDEST_KEY if wide and not learns and few(q, k, v) else WIDEST
 
 
 def pieces(d: int) -> tuple[int, int]:

@@ -207,8 +207,7 @@ def copied(key: FewKey | PagedKey) -> bool:
 
 def tallest(key: FewKey | PagedKey) -> int:
     """Rows of the tallest tile: prompts that are read in chunks want it as tall as fits."""
-    roomy = isinstance(key, PagedKey) and key.architecture in LARGE and key.width <= 128 and key.itemsize == 2
-    return 128 if roomy else 64
+    return 128 if key.architecture in LARGE and key.width <= 128 and key.itemsize == 2 else 64
 
 
 def asked(key: TileKey) -> Asked:
@@ -229,7 +228,7 @@ def tiles_by_rule(key: TileKey) -> Tiles:
     if key.itemsize == 4:
         return Tiles(16, 32 if width <= 128 else 16, 4, 2 if width <= 256 else 1, 2)
     if width > 256:
-        return Tiles(min(tile_m, 32), 32, 8, 3, 2) if key.architecture in LARGE else Tiles(16, 16, 8, 2, 2)
+        return Tiles(tile_m, 32, 8, 3, 1) if key.architecture in LARGE else Tiles(16, 16, 8, 2, 2)
     if key.architecture.startswith("gfx"):
         return Tiles(tile_m, 64 if width <= 128 else 32, 4, 2 if width <= 64 else 1, 2)
     if key.architecture in LARGE:

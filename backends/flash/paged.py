@@ -232,7 +232,9 @@ def run(
     seen, group, capacity = Sight(*sees[:4], tuple(sees[4:])), h // g, table.shape[1] * page
     described = d <= WIDEST and describable(k_pages) and describable(v_pages)
     choice = choose_paged(paged_key(q, b, g, tokens * group, capacity, page, max(d, e), described))
-    tiles = -(-tokens * group // choice.tile_m) + min(b, tokens) + 1
+    tiles = -(-tokens * group // choice.tile_m) + min(b + 1, tokens)
+    if choice.tile_m % group == 0:
+        tiles = min(tiles, tokens)  # each has a query of its own
     reach = min(seen.reach + choice.tile_m // group + 2 * choice.tile_n, FARTHEST)
     work = (reach, capacity, choice.wanted, choice.least)
     rows = 2 * choice.wanted * g * choice.tile_m if choice.wanted > 1 else 0

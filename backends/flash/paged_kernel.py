@@ -38,18 +38,21 @@ def plan(
     cost = tl.cdiv(tl.minimum(tl.minimum(tl.maximum(keys, 0), capacity), reach), N)
     whole = tl.sum(tiles.to(tl.int64) * cost, 0)
     size = tl.maximum(tl.cdiv(whole, wanted), least)
-    parts, waves = cut_keys(tiles, cost, size, wanted)
-    # Rounded up sequence by sequence, that may just exceed a wave, which fewer and larger parts would fill.
-    larger, larger_waves = cut_keys(tiles, cost, size * tl.cdiv(tl.sum(tiles.to(tl.int64) * parts, 0), wanted), wanted)
-    return start, tiles, tl.where(larger_waves < waves, larger, parts)
+    parts = tl.maximum(tl.cdiv(cost, size), 1).to(tl.int32)
+    total = tl.sum(tiles * parts, 0)
+    if total > wanted:
+        # Rounded up sequence by sequence, that may just exceed a wave, which fewer and larger parts would fill.
+        larger = tl.maximum(tl.cdiv(cost, size * tl.cdiv(total, wanted)), 1).to(tl.int32)
+        if duration(tiles, cost, larger, wanted) < duration(tiles, cost, parts, wanted):
+            parts = larger
+    return start, tiles, parts
 
 
 @triton.jit
-def cut_keys(tiles, cost, size, wanted):
-    """Cut ``cost`` key tiles [B] into parts of at most ``size``, and say for how many key tiles' time that takes."""
-    parts = tl.maximum(tl.cdiv(cost, size), 1).to(tl.int32)
+def duration(tiles, cost, parts, wanted):
+    """Say for how many key tiles' time it takes to work parts off, about ``wanted`` at once."""
     longest = tl.max(tl.where(tiles > 0, tl.cdiv(cost, parts), 0), 0)
-    return parts, tl.cdiv(tl.sum(tiles.to(tl.int64) * parts, 0), wanted) * longest
+    return tl.cdiv(tl.sum(tiles * parts, 0), wanted).to(tl.int64) * longest
 
 
 @triton.jit
