@@ -144,6 +144,12 @@ def test_a_call_repeats_bit_for_bit() -> None:
         assert torch.equal(again.lse, first.lse)
 
 
+@pytest.mark.parametrize("mask", ["causal()", "lengths([80, 3])"])
+def test_a_repeated_call_reads_the_tensors_that_it_is_given(mask: str) -> None:
+    for seed in range(5):
+        assert_exact(Attention(b=2, m=2, n=90, h=4, g=2, dtype="bfloat16", mask=mask, sink=1.0, seed=seed))
+
+
 @given(st.integers(1, 4096), st.integers(1, 600), st.integers(1, 500))
 def test_a_split_count_is_legal_and_fills_the_machine_where_it_can(programs: int, places: int, most: int) -> None:
     splits = splits_for(programs, places, most)

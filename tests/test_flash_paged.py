@@ -143,6 +143,12 @@ def test_one_long_sequence_among_short_ones_is_split_and_merged() -> None:
         cache.assert_exact(cache.attend(mask=masks.causal()), mask=masks.causal())
 
 
+def test_a_repeated_call_reads_the_tensors_that_it_is_given() -> None:
+    for seed in range(5):
+        cache = Cache([(1 + seed % 2, 40 + seed), (2 - seed % 2, 70 - seed)], 16, seed=seed)
+        cache.assert_exact(cache.attend(mask=masks.causal()), mask=masks.causal())
+
+
 def test_wide_heads_whose_values_are_their_keys_are_read_once() -> None:
     cache = Cache([(1, 40), (2, 9)], 16, h=16, g=1, d=320, e=256)
     cache.v = [k[..., :256] for k in cache.k]

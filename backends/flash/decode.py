@@ -94,8 +94,8 @@ def forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor
     splits = choice.splits
     parts, logs = out, lse
     if splits > 1:
-        parts = q.new_empty(b * h * m * splits, e, dtype=torch.float32)
-        logs = q.new_empty(b * h * m * splits, dtype=torch.float32)
+        parts = lse.new_empty(lse.numel() * splits * (e + 1))
+        logs = parts[lse.numel() * splits * e :]
     attended = few_kernel[(b * g * -(-(m * h // g) // choice.tile_m) * splits,)](
         q, describe(k, choice.tile_n, choice), describe(v, choice.tile_n, choice), out, lse, parts, logs,
         call.sink, call.alibi, call.rows, call.sequences, *strides(q, k, v),
@@ -147,8 +147,8 @@ class Repeated(NamedTuple):
         of_parts, of_logs = of_out, of_lse
         if self.merged is not None:
             rows = lse.numel() * self.splits
-            parts, logs = self.lse.new_empty(rows * self.shape[3]), self.lse.new_empty(rows)
-            of_parts, of_logs = parts.data_ptr(), logs.data_ptr()
+            parts = self.lse.new_empty(rows * (self.shape[3] + 1))  # kept until all is launched
+            of_parts, of_logs = parts.data_ptr(), parts.data_ptr() + 4 * rows * self.shape[3]
         launched = self.attended(
             q.data_ptr(), k.data_ptr(), v.data_ptr(), of_out, of_lse, of_parts, of_logs,
             of_sink, 0 if alibi is None else alibi.data_ptr(), 0, 0,

@@ -238,7 +238,8 @@ def run(
     reach = min(seen.reach + choice.tile_m // group + 2 * choice.tile_n, FARTHEST)
     work = (reach, capacity, choice.wanted, choice.least)
     rows = 2 * choice.wanted * g * choice.tile_m if choice.wanted > 1 else 0
-    parts, logs = lse.new_empty(rows, e), lse.new_empty(rows)
+    parts = lse.new_empty(rows * (e + 1))
+    logs = parts[rows * e :]
     call = Call(sink, alibi, None, None, (0, 0, 0, 0, 0), scale, softcap, out_dtype)
     power, merged = max(16, 1 << b.bit_length()), None
     with on(q.device), quiet():
@@ -292,9 +293,9 @@ class Repeated(NamedTuple):
         if alike(given[2], given[3]) != self.shared:
             return None
         out, lse = self.out.new_empty(self.shape), self.lse.new_empty(self.shape[:2])
-        parts, logs = self.lse.new_empty(self.rows, self.shape[2]), self.lse.new_empty(self.rows)
+        parts = self.lse.new_empty(self.rows * (self.shape[2] + 1))  # kept until all is launched
         results = out.data_ptr(), lse.data_ptr()
-        space = parts.data_ptr(), logs.data_ptr()
+        space = parts.data_ptr(), parts.data_ptr() + 4 * self.rows * self.shape[2]
         of = [0 if x is None else x.data_ptr() for x in given]
         launched = self.attended(*of[:6], *results, *space, *of[6:])
         if launched and self.merged is not None:
