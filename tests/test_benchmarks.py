@@ -1,45 +1,24 @@
-"""The benchmarks without a GPU: work by rule, a gate that refuses wrong kernels, absentees named, a current page."""
+"""The benchmarks without a GPU: work by rule, a gate that refuses wrong kernels, absentees named, rounds shuffled."""
 
 import json
 import math
 import random
 import sys
 from collections.abc import Callable
-from importlib import import_module
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from benchmarked import BENCHMARKS, Bench, Patch, bench, small
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
 
 from longspan.backends import eager, sdpa
 from longspan.spec import masks
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+__all__ = ["bench"]  # a fixture
 pytestmark = pytest.mark.skipif(not BENCHMARKS.is_dir(), reason="needs the sources")
-Bench = SimpleNamespace
-Patch = pytest.MonkeyPatch
-Printed = pytest.CaptureFixture[str]
-NAMES = ("cells", "ask", "peers", "gate", "clock", "record", "page", "plots", "race")
-
-
-@pytest.fixture
-def bench(monkeypatch: Patch) -> SimpleNamespace:
-    """The modules of benchmarks/, which are scripts and in no package."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    pytest.importorskip("matplotlib")
-    for name in NAMES:
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    return SimpleNamespace(**{name: import_module(name) for name in NAMES})
-
-
-def small(bench: Bench, section: str = "forward", **changed: Any) -> Any:
-    """A cell of a section at a size for a CPU."""
-    sizes = {"h": 2, "g": 1, "m": 40, "n": 40, "d": 16, "mask": "causal", "rotary": section == "rotate"} | changed
-    return bench.cells.Cell(section=section, **sizes)
 
 
 @pytest.mark.parametrize(
@@ -212,105 +191,3 @@ def test_a_reading_is_the_median_with_its_spread(bench: Bench) -> None:
     reading = bench.clock.summary([4.0, 2.0, 3.0, 9.0, 1.0], "events")
     assert (reading.seconds, reading.rounds) == (3.0, 5)
     assert reading.spread == pytest.approx(8 / 3)
-
-
-def raced(bench: Bench, monkeypatch: Patch, tmp_path: Path) -> tuple[int, Any]:
-    """Run the command with a pretended GPU, a gate that fails one and skips another, and a clock that reads 1 ms."""
-    cell = small(bench, quick=True)
-    outcomes = {
-        "flash": "failed", "FlexAttention": "skipped", "flash-attn-4": "skipped", "SDPA cuDNN": "passed",
-        "SDPA FA2": "passed", "sdpa": "passed", "Liger": "skipped", "hopper": "skipped",
-    }  # fmt: skip
-    verdicts = {name: bench.gate.Verdict(name, outcome, f"{name} said so", 0.5) for name, outcome in outcomes.items()}
-    gpu = {"is_available": True, "get_device_name": "Pretended 9000", "synchronize": None, "empty_cache": None}
-    for name, value in gpu.items():
-        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
-    monkeypatch.setattr(bench.race, "cells", lambda: [cell])
-    monkeypatch.setattr(bench.race, "gated", lambda _: {cell.features: verdicts})
-    monkeypatch.setattr(bench.race, "of_cell", lambda cell, seed, _: bench.ask.of_cell(cell, seed, "cpu"))
-    timed = lambda ready, *_, count: {name: bench.clock.summary([1e-3] * count, "events") for name in ready}  # noqa: E731
-    monkeypatch.setattr(bench.race, "race", timed)
-    code = bench.race.main(["--quick", "--out", str(tmp_path)])
-    return code, json.loads((tmp_path / "pretended-9000.json").read_text("utf-8"))
-
-
-def test_who_fails_gets_no_figure_and_the_run_says_so(
-    bench: Bench, monkeypatch: Patch, tmp_path: Path, capsys: Printed
-) -> None:
-    code, results = raced(bench, monkeypatch, tmp_path)
-    printed = capsys.readouterr().out
-    assert (code, "FAILED, and got no figure: flash: flash said so" in printed) == (1, True)
-    (cell,) = results["sections"]["forward"]["cells"]
-    assert [x["kernel"] for x in cell["readings"]] == ["SDPA FA2", "sdpa"]
-    assert all(x["figure"] == pytest.approx(4 * 800 * 16 * 2 / 1e-3 / 1e12) for x in cell["readings"])
-    assert cell["failed"] == {"flash": "flash said so"}
-    # A CPU has no cuDNN: it passed the gate, and is out with the reason at full size. Liger is of another table.
-    assert cell["skipped"].pop("SDPA cuDNN").startswith("RuntimeError")
-    assert cell["skipped"] == {name: f"{name} said so" for name in ("FlexAttention", "flash-attn-4", "hopper")}
-    assert all(name in printed for name in ("FlexAttention said so", "SDPA FA2"))
-
-
-def test_tables_that_a_run_did_not_race_stay(bench: Bench, monkeypatch: Patch, tmp_path: Path) -> None:
-    bench.record.save(tmp_path / "pretended-9000.json", "Pretended 9000", "rotate", {"date": "then", "cells": []})
-    _, results = raced(bench, monkeypatch, tmp_path)
-    assert list(results["sections"]) == ["forward", "rotate"]
-    assert results["sections"]["rotate"] == {"date": "then", "cells": []}
-
-
-def test_without_a_gpu_the_race_says_what_it_needs(bench: Bench, monkeypatch: Patch, capsys: Printed) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert bench.race.main([]) == 2
-    assert capsys.readouterr().out.startswith("race.py needs a GPU")
-
-
-@pytest.mark.parametrize("path", sorted(BENCHMARKS.glob("results/*.json")), ids=lambda path: path.stem)
-def test_results_are_whole(bench: Bench, path: Path) -> None:
-    results = bench.record.load(path)
-    assert path.name == bench.record.path_of(results["device"], path.parent).name
-    assert path.read_text("utf-8") == json.dumps(results, indent=1, ensure_ascii=False) + "\n"
-    known = {cell.name: cell for cell in bench.cells.cells()}
-    for section, run in results["sections"].items():
-        assert {"torch", "triton", "driver", "cuda", "flash-attn-4", "liger-kernel"} <= set(run["versions"])
-        assert run["date"].endswith("Z")
-        for found in run["cells"]:
-            cell = known[found["name"]]
-            assert (cell.section, cell.as_json(), found["failed"]) == (section, found["cell"], {})
-            assert {x["kernel"] for x in found["readings"]}.isdisjoint(found["skipped"])
-            for x in found["readings"]:
-                assert section == "memory" or x["figure"] == pytest.approx(cell.figure(x["median_us"] * 1e-6), rel=1e-3)
-
-
-def test_the_pages_are_what_the_script_makes_of_the_results(bench: Bench) -> None:
-    for page, made in bench.plots.made(bench.plots.recorded()).items():
-        text = page.read_text("utf-8")
-        assert text == bench.page.replaced(text, made)
-
-
-def test_a_rating_is_the_geometric_mean_over_the_problems_that_both_ran(bench: Bench) -> None:
-    times = [{"flash": 2.0, "SDPA FA2": 4.0}, {"flash": 2.0, "SDPA FA2": 1.0}, {"flash": 5.0}]
-    cells = [
-        {"readings": [{"kernel": name, "median_us": time} for name, time in cell.items()]}
-        for cell in (*times, {"SDPA FA2": 9.0, "sdpa": 1.0, "read sweep": 1.0})
-    ]
-    assert bench.page.ratios(cells) == [["flash", "SDPA FA2", "1.00", "0.50", "2.00"]]
-
-
-def test_pictures_and_tables_show_every_figure(bench: Bench, monkeypatch: Patch, tmp_path: Path) -> None:
-    _, results = raced(bench, monkeypatch, tmp_path)
-    run = results["sections"]["forward"]
-    monkeypatch.setattr(bench.plots, "IMAGES", tmp_path)
-    assert (
-        (path := bench.plots.draw(results["device"], "forward", run["cells"], tmp_path))
-        .read_bytes()
-        .startswith(b"\x89PNG")
-    )
-    brief = bench.plots.made([results])[bench.plots.README]
-    assert f"](docs/images/{path.name})" in brief
-    text = bench.plots.made([results])[bench.plots.PAGE]
-    assert f"images/{path.name}" in text
-    assert "| problem | sdpa | SDPA FA2 |" in text
-    assert "- flash failed in 1 of 1: flash said so" in text
-    figures = {x["kernel"]: {40: x["figure"]} for x in run["cells"][0]["readings"]}
-    assert bench.plots.panels("forward", run["cells"]) == {"d16, 2/1 heads, causal": figures}
-    two = bench.plots.sketch("GPU", "forward", {"low": {"a": {1024: 1.0}}, "high": {"a": {1024: 9.0}}}, ["a"])
-    assert [ax.get_ylim()[1] > 9 for ax in two.axes] == [True, True]  # nothing is drawn outside of its panel
