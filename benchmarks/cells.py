@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from longspan.laws import Attention, Rotate
 
-SECTIONS: Final = ("forward", "backward", "features", "decode", "rotate", "host", "growth", "memory")
+SECTIONS: Final = ("forward", "backward", "decode", "rotate", "host", "features", "growth", "memory")
 WIDTH: Final = 2048  # heads · head dimension of the tables
 TOKENS: Final = 16_384  # batch · tokens of the tables
 K: Final = 1024
@@ -122,13 +122,13 @@ class Cell:
 
 def cells() -> list[Cell]:
     """Every cell, table by table."""
-    return [*forward(), *backward(), *features(), *decode(), *rotation(), *host(), *growth(), *memory()]
+    return [*forward(), *backward(), *decode(), *rotation(), *host(), *features(), *growth(), *memory()]
 
 
 def forward() -> list[Cell]:
     """FlashAttention's tables, one long prompt, and a window over it."""
     return [
-        *square("forward", {(64, "causal"), (128, "causal"), (128, "full"), (256, "causal")}),
+        *square("forward", (K, 4 * K, 16 * K), {(64, "causal"), (128, "causal"), (128, "full"), (256, "causal")}),
         Cell(section="forward", **TYPICAL, m=128 * K, n=128 * K, mask="causal", quick=True),
         Cell(section="forward", **TYPICAL, m=128 * K, n=128 * K, mask="window", window=4096, quick=True),
     ]
@@ -136,10 +136,10 @@ def forward() -> list[Cell]:
 
 def backward() -> list[Cell]:
     """The same tables, differentiated."""
-    return square("backward", {(64, "causal"), (128, "causal"), (128, "full")})
+    return square("backward", (4 * K, 16 * K), {(64, "causal"), (128, "causal"), (128, "full")})
 
 
-def square(section: str, quick: set[tuple[int, str]]) -> list[Cell]:
+def square(section: str, lengths: tuple[int, ...], quick: set[tuple[int, str]]) -> list[Cell]:
     """Tables of equal work: batch · tokens and heads · head dimension are fixed."""
     return [
         Cell(
@@ -156,7 +156,7 @@ def square(section: str, quick: set[tuple[int, str]]) -> list[Cell]:
         )
         for d in (64, 128, 256)
         for mask in ("causal", "full")
-        for length in (K, 4 * K, 16 * K)
+        for length in lengths
     ]
 
 
