@@ -1,4 +1,4 @@
-"""What the partitions of `hopper`s forward kernel tell each other: no run hangs, and each result is attention."""
+"""What the partitions of `hopper`'s forward kernel tell each other: no run hangs, and each result is attention."""
 
 from dataclasses import replace
 from typing import Any
