@@ -5,8 +5,6 @@ Shapes: b batch, h query heads, g key heads, m queries, n keys, d head dimension
 
 import math
 from dataclasses import replace
-from importlib import import_module
-from importlib.util import find_spec
 from typing import Any, Final
 
 import torch
@@ -166,9 +164,9 @@ def declines_gradient(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, rest
     """Say why a problem has no backward kernel, or None where it has, or needs none."""
     if not differentiated(q, k, v, sink):
         return None
-    if find_spec(f"{__package__}.backward") is None:
-        return "hopper.attention has no backward kernel yet, and a gradient may be asked of these tensors"
-    return import_module(".backward", __package__).declines_backward(call_of(*rest), q, k, v)
+    from .backward import declines_backward  # noqa: PLC0415 - Gluon is slow to import, and of no use elsewhere
+
+    return declines_backward(call_of(*rest), q, k, v)
 
 
 def attention_varlen(
