@@ -29,6 +29,7 @@ from .rope_kernel import on
 
 REPEATED: Final[dict[Any, "Repeated"]] = memory()  # what `asked` returns, to how it was launched
 SEEN: Final = Sightings()
+SEQUENCES: Final = 2**16  # every program holds the lengths of all
 FARTHEST: Final = 2**30  # tokens: positions and their differences stay inside int32
 
 
@@ -200,6 +201,8 @@ def declines_pool(q: Tensor, k_pages: Tensor, v_pages: Tensor, table: Tensor) ->
     for name, x in (("q", q), ("k_pages", k_pages), ("v_pages", v_pages)):
         if x.stride(-1) != 1 and x.numel():
             return f"flash.attention_paged reads tensors whose last stride is 1, got {list(x.stride())} of {name}"
+    if table.shape[0] > SEQUENCES:
+        return f"flash.attention_paged plans at most {SEQUENCES} sequences in one call, got {table.shape[0]}"
     if q.shape[0] * q.shape[1] > LONGEST or table.shape[1] * k_pages.shape[2] > LONGEST:
         return (
             f"flash.attention_paged counts at most {LONGEST} rows and keys, got {q.shape[0]} tokens"
