@@ -36,7 +36,7 @@ def bind(args: tuple[Any, ...], run: Any, layouts: list[dict[str, Any]]) -> plan
     compiled: Any = SimpleNamespace(
         run=run, function=5, packed_metadata=(4, 1, 0), metadata=SimpleNamespace(tensordesc_meta=layouts)
     )
-    return plan.Bound(plan.Plan(compiled, 0, args, [True] * 9, (None, None)), (2, 3), args)
+    return plan.Bound(plan.Plan(compiled, 0, args, [True] * 9, (None, None), []), (2, 3), args)
 
 
 @pytest.fixture

@@ -160,7 +160,7 @@ class Planned:
             compiled = self.kernel[grid](*args, **flags)
             if type(compiled) is not CompiledKernel or compiled.function is None:
                 return None  # something that is not known
-            plan = Plan(compiled, device, args, self.modes[2], self.constants)
+            plan = Plan(compiled, device, args, self.modes[2], self.constants, self.kernel.pre_run_hooks)
             keep(self.plans, key, plan)
         else:
             plan(grid, args)
@@ -196,15 +196,16 @@ class Plan:
         described: Which are descriptors.
         common: Whether all slots are aligned, so that launches can be bound: code for any address must not become the
             common one.
+        watchers: The kernel's own hooks, the list that they may be added to.
         direct: Launches without triton's wrappers; None where that is not known how.
     """
 
     def __init__(
         self, compiled: CompiledKernel, device: int, args: tuple[Any, ...], aligns: list[bool],
-        constants: tuple[None, ...],
+        constants: tuple[None, ...], watchers: list[Any],
     ) -> None:  # fmt: skip
         """Keep what each launch hands to the launcher; of the arguments, only what all of this plan share."""
-        self.compiled, self.device, self.constants = compiled, device, constants
+        self.compiled, self.device, self.constants, self.watchers = compiled, device, constants, watchers
         self.run = compiled.run
         self.stream: Callable[[int], int] = triton.runtime.driver.active.get_current_stream
         # No metadata, and no hooks to hand them to.
@@ -243,7 +244,7 @@ class Bound:
         plan, bits = self.plan, 0
         for i in plan.slots:
             bits |= addresses[i]
-        if bits % ALIGNED or hooked():
+        if bits % ALIGNED or plan.watchers or hooked():
             return False
         stream = plan.stream(plan.device)
         if plan.direct is not None:
