@@ -207,6 +207,8 @@ def copied(key: FewKey | PagedKey) -> bool:
 
 def tallest(key: FewKey | PagedKey) -> int:
     """Rows of the tallest tile: prompts that are read in chunks want it as tall as fits."""
+    if isinstance(key, PagedKey) and key.width > 256:
+        return 32  # beyond, registers spill by the kilobyte
     return 128 if key.architecture in LARGE and key.width <= 128 and key.itemsize == 2 else 64
 
 
