@@ -105,9 +105,9 @@ def attention_backward(backend: Backend, case: Case, device: str, *, whole: bool
 
 
 def gradients(backend: Backend, given: tuple[Tensor, ...], d_out: Tensor, options: dict[str, Any]) -> dict[str, Tensor]:
-    """Differentiate out."""
+    """Differentiate out, on this thread: autograd's own for a GPU knows nothing of the choice that is on trial."""
     leaves = [x.detach().requires_grad_() for x in given]
-    with poisoned():
+    with poisoned(), torch.autograd.set_multithreading_enabled(mode=False):
         state = backend.attention(*leaves, **options)
         found = torch.autograd.grad(state.out, leaves, d_out)
     return dict(zip(("dq", "dk", "dv"), found, strict=True))
