@@ -8,14 +8,26 @@ VARIABLE: Final = "LONGSPAN_TUNE_DIR"
 SHIPPED: Final = Path(__file__).parent / "tables"
 
 
+class Homeless(RuntimeError):  # noqa: N818 - a fact about a user
+    """Nobody says where results of this user live: there is no home, as in a bare environment or a container."""
+
+
 def results() -> Path:
-    """Folder of the journal and of the tables made from it; need not exist."""
+    """Folder of the journal and of the tables made from it; need not exist.
+
+    Raises:
+        Homeless: When the user has no home, and LONGSPAN_TUNE_DIR names no folder.
+    """
     named = os.environ.get(VARIABLE)
     if named:
         return Path(named)
     from platformdirs import user_cache_path  # noqa: PLC0415 - asked once a process
 
-    return user_cache_path("longspan", appauthor=False) / "tune"
+    try:
+        return user_cache_path("longspan", appauthor=False) / "tune"
+    except RuntimeError as error:
+        msg = f"no folder for results of tuning: this user has no home; set {VARIABLE} to a folder"
+        raise Homeless(msg) from error
 
 
 def tables() -> Path:

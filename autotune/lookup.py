@@ -174,17 +174,25 @@ class Shelf:
         """Read the user's tables, then those shipped; what is none is announced and passed over."""
         if self.read is not None:
             return
-        self.read = []
-        for folder in (folders.tables(), folders.SHIPPED):
-            for path in listed(folder):
-                try:
-                    found = table.read(path)
-                except table.BadTable as bad:
-                    self.say(f"{bad}; it is passed over")
-                    continue
-                self.read.append(found)
-                for row in found["rows"]:
-                    self.rows.setdefault(row["family"], []).append((row, table.device_of(found)))
+        read: list[dict[str, Any]] = []
+        for path in [*self.own(), *listed(folders.SHIPPED)]:
+            try:
+                read.append(table.read(path))
+            except table.BadTable as bad:
+                self.say(f"{bad}; it is passed over")
+        for found in read:
+            owner = table.device_of(found)
+            for row in found["rows"]:
+                self.rows.setdefault(row["family"], []).append((row, owner))
+        self.read = read  # not before: who fails half-way must not leave half a shelf
+
+    def own(self) -> list[Path]:
+        """Tables of the user; none where the user has no home."""
+        try:
+            return listed(folders.tables())
+        except folders.Homeless as homeless:
+            self.say(str(homeless), level=logging.INFO)
+            return []
 
     def search(self, asked: Asked, device: Device, code: str, nearby: Mapping[str, float]) -> Iterator[Found]:
         """Yield rows that could serve, best first."""

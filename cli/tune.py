@@ -81,7 +81,7 @@ def tune(asked: Asked) -> int:
     """Tune, and turn what stopped it into one sentence."""
     try:
         return run(asked)
-    except (Unusable, Unkillable, BadTable) as trouble:
+    except (Unusable, Unkillable, BadTable, folders.Homeless) as trouble:
         raise Refused(str(trouble)) from trouble
 
 

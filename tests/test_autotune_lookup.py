@@ -191,6 +191,26 @@ def test_a_file_that_is_no_table_is_named_and_passed_over(
     assert "passed over" in record.getMessage()
 
 
+def homeless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take the user's home away, as `env -i` or a container's unknown user does."""
+
+    def none(*_: object, **__: object) -> Path:
+        msg = "could not determine the home directory"
+        raise RuntimeError(msg)
+
+    monkeypatch.delenv(folders.VARIABLE, raising=False)
+    monkeypatch.setattr("platformdirs.user_cache_path", none)
+
+
+def test_a_user_without_a_home_is_served_what_is_shipped(shelves: Shelves, monkeypatch: pytest.MonkeyPatch) -> None:
+    shelves.put("shipped", HERE, row(5), row(6, width=128))
+    homeless(monkeypatch)
+    find = make()
+    assert [find(Key(64)), find(Key(128))] == [5, 6]
+    with pytest.raises(folders.Homeless, match=folders.VARIABLE):
+        folders.results()
+
+
 def test_calls_after_the_first_look_at_no_file(shelves: Shelves, monkeypatch: pytest.MonkeyPatch) -> None:
     shelves.put("shipped", HERE, row(5))
     find = make()

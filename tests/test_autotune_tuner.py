@@ -192,6 +192,17 @@ def test_what_cannot_be_is_refused_in_a_sentence(run: Callable[..., Run], settin
         run("PLAIN", **settings)
 
 
+def test_a_user_without_a_home_is_told_what_to_set(run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless(*_: object, **__: object) -> Path:
+        msg = "could not determine the home directory"
+        raise RuntimeError(msg)
+
+    monkeypatch.delenv(folders.VARIABLE)
+    monkeypatch.setattr("platformdirs.user_cache_path", homeless)
+    with pytest.raises(Refused, match=folders.VARIABLE):
+        run("PLAIN")
+
+
 @pytest.mark.parametrize(("text", "meant"), [("90s", 90), ("5m", 300), ("1.5h", 5400), ("7", 7)])
 def test_budgets_are_read(text: str, meant: float) -> None:
     assert seconds(text) == meant
