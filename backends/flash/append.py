@@ -146,9 +146,9 @@ def write_(
     if inv_freq is not None and inv_freq.stride(-1) != 1:
         inv_freq = inv_freq.contiguous()
     widest = max(planes, min(d, e) // 2)
-    choice = choose_rope(tokens, heads, widest, k.element_size(), heads_inside=True)
     placed = (0, 0, 0) if position is None else strides_of(position)
     with on(k.device):
+        choice = choose_rope(tokens, heads, widest, k.element_size(), heads_inside=True)
         append_kernel[-(-tokens // choice.tokens), choice.split](
             k, v, k_cache, v_cache, slot, position, inv_freq, rows, axis, factor, tokens, count * size, size,
             1 if position is None else position.shape[0], heads,

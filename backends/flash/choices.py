@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
-from longspan.autotune import Asked, Lookup, Values
+from longspan.autotune import Asked, Lookup, Values, overridden
 
 Kernel = Literal["forward", "backward_keys", "backward_queries"]
 
@@ -76,8 +76,8 @@ HOPPER: Final = {
 
 
 def choose(key: Key) -> Choice:
-    """Choose what was tuned on this GPU, or by the heuristic."""
-    return TUNED(key)
+    """Choose what was tuned on this GPU, or by the heuristic; an interpreter has no GPU that could be asked for."""
+    return heuristic(key) if key.architecture == "interpreter" and not overridden() else TUNED(key)
 
 
 def asked(key: Key) -> Asked:

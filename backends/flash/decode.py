@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .decode_choices import FewChoice, choose_few, few_key, processors
 from .decode_kernel import few_kernel, few_merge_kernel
+from .fitting import fitting
 from .launch import INTERPRETED, Call, all_seen, describable, describe, padded, per_sequence, strides
 from .plan import Bound
 
@@ -79,6 +80,7 @@ def flags_of(call: Call, choice: FewChoice, q: Tensor, k: Tensor, v: Tensor) -> 
     }  # fmt: skip
 
 
+@fitting
 def forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Attend where `few` says so: ``out [b, h, m, e]`` contiguous, and ``lse [b, h, m]`` float32.
 

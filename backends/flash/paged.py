@@ -19,6 +19,7 @@ from longspan.spec.paged import gather
 from .attention import DTYPES, LONGEST, contiguous, layout, one_batch
 from .decode import WIDEST, alike, fits, merge_flags, pieces
 from .decode_choices import PagedChoice, choose_paged, paged_key
+from .fitting import fitting
 from .function import revealed
 from .launch import INTERPRETED, Call, describable, describe, padded, quiet
 from .paged_kernel import paged_kernel, paged_merge_kernel
@@ -216,6 +217,7 @@ def launch(*arguments: Any) -> tuple[Tensor, Tensor]:
     return run(*arguments)[:2]
 
 
+@fitting
 def run(
     q: Tensor, q_lengths: Tensor, k_pages: Tensor, v_pages: Tensor, table: Tensor, lengths: Tensor,
     sink: Tensor | None, alibi: Tensor | None, sees: list[int], scale: float, softcap: float | None,
@@ -234,7 +236,8 @@ def run(
         return out, lse, None
     seen, group, capacity = Sight(*sees[:4], tuple(sees[4:])), h // g, table.shape[1] * page
     described = d <= WIDEST and describable(k_pages) and describable(v_pages)
-    choice = choose_paged(paged_key(q, b, g, tokens * group, capacity, page, max(d, e), described))
+    with on(q.device):
+        choice = choose_paged(paged_key(q, b, g, tokens * group, capacity, page, max(d, e), described))
     tiles = -(-tokens * group // choice.tile_m) + min(b + 1, tokens)
     if choice.tile_m % group == 0:
         tiles = min(tiles, tokens)  # each has a query of its own

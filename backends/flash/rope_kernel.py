@@ -257,11 +257,11 @@ def launch(
     if tokens * (q_heads + k_heads) == 0:
         return None
     q_tail, k_tail = (0 if q_out is q else d - 2 * planes), (0 if k_out is k else k.shape[-1] - 2 * planes)
-    choice = choose_rope(
-        tokens, max(q_heads, k_heads), planes, q.element_size(), heads_inside=q.stride(1) < q.stride(2)
-    )
     inv_freq = inv_freq if inv_freq.stride(-1) == 1 else inv_freq.contiguous()
     with on(q.device):
+        choice = choose_rope(
+            tokens, max(q_heads, k_heads), planes, q.element_size(), heads_inside=q.stride(1) < q.stride(2)
+        )
         return rotate_kernel[-(-tokens // choice.tokens), choice.split](
             q, q_out, k, k_out, position, inv_freq, rows, axis, factor, tokens, m, position.shape[0], q_heads, k_heads,
             *q.stride()[:3], *q_out.stride()[:3], *k.stride()[:3], *k_out.stride()[:3],
