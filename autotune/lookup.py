@@ -113,8 +113,19 @@ class Lookup(Generic[K, C]):
         with SHELF.lock:
             if key not in self.known:
                 asked = self.asked(key)
-                self.known[key] = self.tuned(key, asked) or self.heuristic(key)
+                self.known[key] = self.served(key, asked) or self.heuristic(key)
         return self.known[key]
+
+    def served(self, key: K, asked: Asked) -> C | None:
+        """Return the choice that was tuned; whatever is wrong with tables or sources costs a launch only that."""
+        try:
+            return self.tuned(key, asked)
+        except Exception as error:  # noqa: BLE001 - sources that changed on disk, a driver that cannot say what it is
+            SHELF.say(
+                f"tuned choices of {asked.family} cannot be looked up ({type(error).__name__}: {error}): the heuristic "
+                "serves"
+            )  # fmt: skip
+            return None
 
     def tuned(self, key: K, asked: Asked) -> C | None:
         """Return the choice of the first row that serves; a row that cannot is announced and passed over."""
@@ -241,7 +252,8 @@ def distance(tuned: Values, asked: Values, nearby: Mapping[str, float]) -> float
     apart = 0.0
     for name, value in asked.items():
         if tuned[name] != value:
-            differs = abs(float(tuned[name]) - float(value)) if name in nearby else 0.0
+            numbers = isinstance(value, int | float) and isinstance(tuned[name], int | float)
+            differs = abs(tuned[name] - value) if numbers and name in nearby else 0  # pyright: ignore[reportOperatorIssue]
             if not 0 < differs <= nearby.get(name, 0.0):
                 return None
             apart += differs

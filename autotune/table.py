@@ -6,7 +6,7 @@ the compiled kernel takes of the device, and what the choice was verified by.
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,10 +14,49 @@ from .device import Device
 from .family import canonical
 
 FORMAT: Final = 1
-ROW: Final = frozenset({
-    "family", "key", "choice", "us", "heuristic", "heuristic_us", "noise", "finalists", "raced", "space",
-    "resources", "problem", "digest", "triton", "verified", "rounds",
-})  # fmt: skip
+
+
+def text(value: Any) -> bool:
+    """Whether this is a text."""
+    return isinstance(value, str)
+
+
+def number(value: Any) -> bool:
+    """Whether this is a number that counts or measures something."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
+
+
+def count(value: Any) -> bool:
+    """Whether this is a whole number of something."""
+    return isinstance(value, int) and number(value)
+
+
+def values(value: Any) -> bool:
+    """Whether this is a key, a choice or a problem: names of plain data."""
+    return isinstance(value, dict) and all(isinstance(one, bool | int | float | str) for one in value.values())
+
+
+def numbers(value: Any) -> bool:
+    """Whether this is names of numbers."""
+    return isinstance(value, dict) and all(map(number, value.values()))
+
+
+def raced(value: Any) -> bool:
+    """Whether this is choices and their times."""
+    return isinstance(value, list) and all(
+        isinstance(one, list) and len(one) == 2 and values(one[0]) and number(one[1]) for one in value
+    )
+
+
+ROW: Final = {
+    "family": text, "key": values, "choice": values, "us": number, "heuristic": values,
+    "heuristic_us": lambda value: value is None or number(value), "noise": number, "finalists": raced, "raced": count,
+    "space": count, "resources": numbers, "problem": values, "digest": text, "triton": text, "verified": number,
+    "rounds": count,
+}  # fmt: skip
+DEVICE: Final = {
+    "slug": text, "arch": text, "multiprocessors": count, "l2": count, "shared": count, "name": text,
+}  # fmt: skip
 
 
 class BadTable(ValueError):  # noqa: N818 - a fact about a file
@@ -72,7 +111,7 @@ def read(path: Path) -> dict[str, Any]:
     except OSError as error:
         msg = f"{path} cannot be read: {error.strerror}"
         raise BadTable(msg) from error
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, numbers of thousands of digits, a deep nest
         msg = f"{path} is no table of tuned choices: it is not JSON ({error})"
         raise BadTable(msg) from error
     if not isinstance(table, dict) or not isinstance(table.get("rows"), list) or "device" not in table:
@@ -81,17 +120,25 @@ def read(path: Path) -> dict[str, Any]:
     if table.get("format") != FORMAT:
         msg = f"{path} must be a table of format {FORMAT}, got {table.get('format')!r}"
         raise BadTable(msg)
-    for row in table["rows"]:
-        missing = ROW - set(row) if isinstance(row, dict) else ROW
-        if missing:
-            msg = f"{path} has a row without {', '.join(sorted(missing))}"
-            raise BadTable(msg)
-    try:
-        device_of(table)
-    except (KeyError, TypeError) as error:
-        msg = f"{path} does not describe its device: {error}"
-        raise BadTable(msg) from error
+    check(table["device"], DEVICE, f"the device of {path}")
+    if (slug := device_of(table).slug) != table["device"]["slug"]:
+        msg = f"the device of {path} must have the slug {slug}, got {table['device']['slug']!r}"
+        raise BadTable(msg)
+    for at, row in enumerate(table["rows"], 1):
+        check(row, ROW, f"row {at} of {path}")
     return table
+
+
+def check(found: Any, fields: Mapping[str, Callable[[Any], bool]], what: str) -> None:
+    """See that all fields are there and of their kinds: what is served later must not fail then."""
+    if not isinstance(found, dict) or not set(fields) <= set(found):
+        missing = set(fields) - set(found) if isinstance(found, dict) else set(fields)
+        msg = f"{what} must have {', '.join(sorted(missing))}"
+        raise BadTable(msg)
+    for name, right in fields.items():
+        if not right(found[name]):
+            msg = f"{what} has a {name} of another kind: {str(found[name])[:80]!r}"
+            raise BadTable(msg)
 
 
 def merge(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
@@ -116,5 +163,5 @@ def merge(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
 
 def evidence(row: dict[str, Any]) -> tuple[tuple[int, ...], int, int]:
     """How much there is behind a row."""
-    numbers = tuple(int(part) for part in row["triton"].split(".")[:2] if part.isdigit())
-    return numbers, row["raced"], row["rounds"]
+    version = tuple(int(part) for part in row["triton"].split(".")[:2] if part.isdecimal())
+    return version, row["raced"], row["rounds"]

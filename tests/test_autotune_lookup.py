@@ -191,6 +191,58 @@ def test_a_file_that_is_no_table_is_named_and_passed_over(
     assert "passed over" in record.getMessage()
 
 
+@pytest.mark.parametrize(
+    ("where", "changed", "said"),
+    [
+        ("rows", {"key": 5}, "row 1 of .* has a key of another kind: '5'"),
+        ("rows", {"triton": None}, "a triton of another kind"),
+        ("rows", {"resources": None}, "a resources of another kind"),
+        ("rows", {"family": [1]}, "a family of another kind"),
+        ("rows", {"finalists": [[1, 2]]}, "a finalists of another kind"),
+        ("rows", {"choice": {"tile": [1]}}, "a choice of another kind"),
+        ("rows", {"raced": 1.5}, "a raced of another kind"),
+        ("device", {"multiprocessors": "x"}, "the device of .* has a multiprocessors of another kind"),
+        ("device", {"l2": None}, "a l2 of another kind"),
+        ("device", {"shared": True}, "a shared of another kind"),
+        ("device", {"slug": "another"}, "must have the slug sm_90-132sm-50mb-227kb, got 'another'"),
+    ],
+)
+def test_a_table_with_a_field_of_another_kind_is_refused_whole(
+    shelves: Shelves, caplog: pytest.LogCaptureFixture, where: str, changed: dict[str, Any], said: str
+) -> None:
+    shelves.put("shipped", HERE, row(5))
+    path = shelves.put("user", HERE, row(6))
+    found = json.loads(path.read_text())
+    (found["rows"][0] if where == "rows" else found["device"]).update(changed)
+    path.write_text(json.dumps(found))
+    with pytest.raises(table.BadTable, match=said):
+        table.read(path)
+    assert make()(Key(64)) == 5
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("text", ['{"rows": ' + "9" * 5000 + "}", "[" * 100_000])
+def test_json_that_python_refuses_is_no_table(tmp_path: Path, text: str) -> None:
+    (tmp_path / "t.json").write_text(text)
+    with pytest.raises(table.BadTable, match="it is not JSON"):
+        table.read(tmp_path / "t.json")
+
+
+def test_whatever_fails_while_a_choice_is_looked_up_costs_that_choice_alone(
+    shelves: Shelves, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def changed(_: object) -> str:
+        msg = "could not get source code"
+        raise OSError(msg)
+
+    shelves.put("user", HERE, row(6))
+    monkeypatch.setattr(lookup, "digest", changed)
+    find = make()
+    assert [find(Key(64)), find(Key(128))] == [1, 1]
+    (record,) = caplog.records
+    assert "OSError: could not get source code" in record.getMessage()
+
+
 def homeless(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take the user's home away, as `env -i` or a container's unknown user does."""
 
