@@ -262,6 +262,17 @@ def test_mapping_is_stacking(dims: tuple[int | None, ...]) -> None:
             assert torch.equal(x[i], y)
 
 
+@pytest.mark.parametrize("b", [1, 2])
+def test_mapping_over_cotangents_is_one_after_the_other(b: int) -> None:
+    inputs = [x.detach()[:b] for x in arguments()]
+    out, pull = torch.func.vjp(lambda *heads: flash.attention(*heads, mask=masks.causal()).out, *inputs)
+    cotangents = torch.randn(3, *out.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    found = torch.func.vmap(pull)(cotangents)
+    for i, cotangent in enumerate(cotangents):
+        for x, y in zip(found, pull(cotangent), strict=True):
+            torch.testing.assert_close(x[i], y)
+
+
 def test_the_operators_keep_what_they_promise_to_the_compiler() -> None:
     q, k, v = (x.detach() for x in arguments())
     sink = torch.ones(4, device=DEVICE)

@@ -107,9 +107,8 @@ def folded(x: Tensor, dim: int | None, size: int, at: int = 0) -> Tensor:
     """Merge a mapped dimension, or ``size`` repetitions, with the batch at dimension ``at``."""
     if dim is None:
         x = x.unsqueeze(at).expand(*x.shape[:at], size, *x.shape[at:])
-    else:
-        x = x.movedim(dim, at)
-    return unit(x.flatten(at, at + 1))
+        return x.flatten(at, at + 1).contiguous()  # of a batch of one this would be a view that repeats itself
+    return unit(x.movedim(dim, at).flatten(at, at + 1))
 
 
 def folded_heads(x: Tensor, dim: int | None, size: int, b: int) -> Tensor:
