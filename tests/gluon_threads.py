@@ -110,8 +110,13 @@ def store(at: Pointer, x: Tensor, mask: Tensor) -> None:
 
 def box(source: Tensor, coordinates: list[int], shape: tuple[int, ...]) -> tuple[Tensor, tuple[slice, ...]]:
     """The part of a tensor that a tile covers, and where in the tile it lies."""
-    ranges = [slice(max(c, 0), min(c + n, size)) for c, n, size in zip(coordinates, shape, source.shape, strict=True)]
-    return source[tuple(ranges)], tuple(slice(0, max(r.stop - r.start, 0)) for r in ranges)
+    ranges = [
+        slice(max(c, 0), max(min(c + n, size), c, 0))
+        for c, n, size in zip(coordinates, shape, source.shape, strict=True)
+    ]
+    return source[tuple(ranges)], tuple(
+        slice(r.start - c, r.stop - c) for r, c in zip(ranges, coordinates, strict=True)
+    )
 
 
 def load_tile(source: Memory, coordinates: list[int], barrier: Barrier, tile: Memory) -> None:

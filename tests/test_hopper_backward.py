@@ -73,7 +73,7 @@ def worst_gradient(problem: Attention, *, deterministic: bool = False, **how: An
     call = Call(
         options["sink"], options["alibi"], seen.rows, seen.sequences, tuple(seen.interval),
         problem.d**-0.5 if options["scale"] is None else options["scale"], options["softcap"], of.q.dtype,
-        deterministic,
+        deterministic=deterministic,
     )  # fmt: skip
     found: tuple[Tensor, ...] = backward(
         call, *of.arguments, bound["out"].truth.to(of.q.dtype).contiguous(), bound["lse"].truth.float().contiguous(),

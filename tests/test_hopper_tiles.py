@@ -65,6 +65,7 @@ def test_a_warpgroup_stays_within_what_is_loaded_and_never_has_nothing(edges: li
 MASKS = (
     "documents([70, 0, 130], [60, 20, 150]) & causal()", "causal() & window(40, keep_first=9)", "chunks(37) & causal()",
     "prefix(50)", "documents([90, 80], [200, 10]) & window(30, keep_first=5)", "lengths([0, 0]) & prefix(0)",
+    "documents([64, 64], [200, 1000]) & causal() & window(16, keep_first=40)",
 )  # fmt: skip
 
 

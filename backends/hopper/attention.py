@@ -12,11 +12,13 @@ from einops import rearrange
 from torch import Tensor
 
 from longspan.spec import AttentionState
+from longspan.spec.bounds import check_fit
 from longspan.spec.checks import check_attention, check_lengths, check_pages, check_ragged
 from longspan.spec.masks import Mask, documents, everything
 
 from ..flash import decode
 from ..flash.attention import asked, contiguous
+from ..flash.function import revealed
 from ..flash.launch import Again
 from ..flash.lowering import lower
 from ..flash.plan import Sightings, memory, recall, remember
@@ -24,7 +26,7 @@ from ..flash.rope_function import transformed
 from ..flash.rope_kernel import on
 from ..registry import Unsupported
 from .function import attend, call_of, launch_call
-from .launch import declines_layout
+from .launch import LONGEST, declines_layout
 
 DTYPES: Final = (torch.float16, torch.bfloat16)
 REPEATED: Final[dict[Any, Again]] = memory()  # what `asked` returns, to how it was launched
@@ -77,8 +79,9 @@ def attention(
             state = again(q, k, v, contiguous(sink), contiguous(alibi))
         if state is not None:
             return AttentionState(*state)
+    q, k, v, sink, alibi = revealed(q, k, v, sink, alibi)
     reason = declines_problem(
-        q, k, v, scale=scale, softcap=softcap, sink=sink, alibi=alibi,
+        q, k, v, mask=mask, scale=scale, softcap=softcap, sink=sink, alibi=alibi,
         q_offset=q_offset, k_offset=k_offset, out_dtype=out_dtype,
     )  # fmt: skip
     serve(reason)
@@ -111,14 +114,14 @@ def declines_attention(
     """
     options = {"scale": scale, "softcap": softcap, "sink": sink, "alibi": alibi, "q_offset": q_offset,
                "k_offset": k_offset, "out_dtype": out_dtype}  # fmt: skip
-    reason = declines_problem(q, k, v, **options)
+    reason = declines_problem(q, k, v, mask=mask, **options)
     if reason is not None or not differentiated(q, k, v, sink):
         return reason
     return declines_gradient(q, k, v, sink, lowered(q, k, mask=mask, deterministic=deterministic, **options))
 
 
 def declines_problem(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, softcap: float | None, sink: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, *, mask: Mask, scale: float | None, softcap: float | None, sink: Tensor | None,
     alibi: Tensor | None, q_offset: int | Tensor | None, k_offset: int, out_dtype: torch.dtype | None,
 ) -> str | None:  # fmt: skip
     """Say why the forward kernel does not serve a problem, or None."""
@@ -126,17 +129,26 @@ def declines_problem(
         q, k, v, scale=scale, softcap=softcap, sink=sink, alibi=alibi,
         q_offset=q_offset, k_offset=k_offset, out_dtype=out_dtype,
     )  # fmt: skip
+    check_fit(mask, q.shape[0], q.shape[2], q_offset)
     if q.dtype not in DTYPES:
         return f"hopper.attention serves fp16 and bf16, which the tensor cores multiply, got {q.dtype}"
     if out_dtype is not None and out_dtype not in OUT_DTYPES:
         return f"hopper.attention returns fp16, bf16 or fp32, got out_dtype {out_dtype}"
     if q.device.type != "cuda":
         return f"hopper.attention runs on a GPU, got tensors on {q.device}"
-    if alibi is not None and alibi.requires_grad and torch.is_grad_enabled():
-        return "hopper.attention has no gradient for alibi, which requires one"
     if decode.few(q, k, v) and k.shape[2] >= LONG:
         return f"hopper.attention does not split keys over programs, which {q.shape[2]} queries need"
-    return declines_layout("q", q) or declines_layout("k", k) or declines_layout("v", v)
+    reason = None if alibi is None else declines_alibi(alibi, q.shape[2], q_offset, k_offset)
+    return reason or declines_layout("q", q) or declines_layout("k", k) or declines_layout("v", v)
+
+
+def declines_alibi(alibi: Tensor, m: int, q_offset: int | Tensor | None, k_offset: int) -> str | None:
+    """Say why a penalty is not served, or None."""
+    if alibi.requires_grad and torch.is_grad_enabled():
+        return "hopper.attention has no gradient for alibi, which requires one"
+    if isinstance(q_offset, int) and abs(q_offset - k_offset) + m > LONGEST:
+        return f"hopper.attention measures ALiBi's distances up to {LONGEST} tokens, got q_offset {q_offset}"
+    return None
 
 
 def lowered(

@@ -93,7 +93,8 @@ def variant(call: Call, q: Tensor, k: Tensor, v: Tensor) -> Variant:
     rich = dead or mask == "rows" or biased or call.softcap is not None
     keys = 64 if d == 256 or (d == 64 and rich) else 128
     everything = mask == "affine" and low <= 1 - m and high >= n and stop >= n
-    staged = call.out_dtype.itemsize == 2
+    # The widest are staged where the queries were, whose dtype that place has.
+    staged = call.out_dtype.itemsize == 2 and (e < 256 or call.out_dtype == q.dtype)
     return Variant(
         W=warpgroups, M=tall, N=keys, D=d, E=e, STAGES=2 if d > 64 else 3 * 128 // keys,
         REGISTERS=160 if warpgroups == 3 else 240, LOADER=32 if warpgroups == 3 else 24, HEADS=8,

@@ -15,7 +15,7 @@ from ..flash.function import REST, mapped, recording
 from ..flash.rope_function import watched
 from ..flash.rope_kernel import on
 from ..registry import Unsupported
-from .launch import Call
+from .launch import Call, declines_address
 
 torch.library.define(
     "longspan::hopper_attention", f"(Tensor q, Tensor k, Tensor v, {REST}, bool deterministic) -> (Tensor, Tensor)"
@@ -37,7 +37,16 @@ def launch_call(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Te
 
 def launch_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     """Run the forward kernel on what the operator takes."""
+    addressable(q, k, v)
     return launch_call(call_of(*rest), q, k, v)
+
+
+def addressable(*given: Tensor) -> None:
+    """Refuse what the copy engine cannot address, where tensors had no memory to look at when they were first asked."""
+    for name, x in zip("qkv", given, strict=True):
+        reason = declines_address(name, x) if x.numel() else None
+        if reason is not None:
+            raise Unsupported(reason)
 
 
 def call_of(*rest: Any) -> Call:
@@ -51,6 +60,7 @@ def launch_backward(
     """Run the backward kernels. The gradient of the sinks is that of each sequence; empty where there are none."""
     from .backward import backward  # noqa: PLC0415
 
+    addressable(q, k, v)
     with on(q.device):
         return backward(call_of(*rest), q, k, v, out, lse, d_out, d_lse)
 
@@ -76,9 +86,6 @@ def _(
 
 def attend(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
     """Attend, through autograd where it could be looking: binding a Function's arguments costs more than a launch."""
-    if torch.compiler.is_compiling():
-        # Under torch.func.grad, dynamo takes what it differentiates for constants until something was done to it.
-        q, k, v = (x.view_as(x) for x in (q, k, v))
     if watched(q, k, v) or (sink is not None and watched(sink)):
         return Attention.apply(q, k, v, sink, *rest)
     return launch_forward(q, k, v, sink, *rest)

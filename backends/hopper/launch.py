@@ -37,7 +37,7 @@ def declines_layout(name: str, x: Tensor) -> str | None:
     if x.shape[2] > LONGEST:
         return f"hopper.attention counts at most {LONGEST} tokens, got {x.shape[2]} of {name}"
     if not x.numel() or torch.compiler.is_compiling() or type(x) not in PLAIN or transformed():
-        return None  # without memory to look at: the launch will look at what it is given
+        return None  # without memory to look at: `function.addressable` does, at the launch
     return declines_address(name, x)
 
 

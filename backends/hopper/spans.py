@@ -29,7 +29,7 @@ def spans_kernel(rows, plan, m, rows_size, n, keep, W: tl.constexpr, M: tl.const
         i = (tile * W + w) * M + tl.arange(0, M)
         start = tl.load(at + i, mask=i < m, other=0)
         stop = tl.load(at + rows_size + i, mask=i < m, other=0)
-        base = tl.load(at + 2 * tl.cast(rows_size, tl.int64) + i, mask=i < m, other=0)
+        base = tl.maximum(tl.load(at + 2 * tl.cast(rows_size, tl.int64) + i, mask=i < m, other=0), 0)
         seen = (i < m) & (start < stop)
         first = tl.minimum(first, tl.min(tl.where(seen, start, n), 0))
         last = tl.maximum(last, tl.max(tl.where(seen, stop, 0), 0))
@@ -37,11 +37,13 @@ def spans_kernel(rows, plan, m, rows_size, n, keep, W: tl.constexpr, M: tl.const
         kept = (i < m) & (base < end)
         head_first = tl.minimum(head_first, tl.min(tl.where(kept, base, n), 0))
         head_last = tl.maximum(head_last, tl.max(tl.where(kept, end, 0), 0))
+    # Rows that see a head alone may see it behind what the others see: the interval is read to its end.
+    last = tl.where(last > 0, tl.maximum(last, head_last), last)
     first = tl.minimum(first, last) // N
     last = tl.maximum(tl.cdiv(last, N), first)
     if keep == 0:
         last = tl.maximum(last, first + 1)
-    # The head's tiles that the interval does not hold already: all of them begin before it.
+    # The head's tiles that the interval does not hold already: those before it.
     head_first = tl.minimum(head_first, head_last) // N
     head_last = tl.maximum(tl.minimum(tl.cdiv(head_last, N), tl.where(last > first, first, n)), head_first)
     if (last == first) & (head_last == head_first):
