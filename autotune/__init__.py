@@ -7,5 +7,9 @@ raced (`race`), written down so that a crash loses at most one (`journal`), and 
 
 from .family import Case, Family, Values
 from .lookup import Asked, Lookup, forget, on_forget, overridden, override, untuned
+from .parameters import checked
 
-__all__ = ["Asked", "Case", "Family", "Lookup", "Values", "forget", "on_forget", "overridden", "override", "untuned"]
+__all__ = [
+    "Asked", "Case", "Family", "Lookup", "Values", "checked", "forget", "on_forget", "overridden", "override",
+    "untuned",
+]  # fmt: skip

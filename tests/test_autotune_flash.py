@@ -18,6 +18,7 @@ from longspan.autotune.digest import digest
 from longspan.autotune.family import canonical, families, imported
 from longspan.autotune.pool import Pool, every
 from longspan.backends import flash
+from longspan.backends.flash import choices, decode_choices, rope_choices
 from longspan.backends.flash.choices import Key, choose, heuristic
 from longspan.backends.flash.fitting import fitting
 from longspan.cli import tune_gate
@@ -30,6 +31,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FAMILIES = families(SOURCES)
 ARCHS = ("sm_80", "sm_90", "sm_120", "gfx942")
 HERE = Path(__file__).parent
+SMALL_KEY = Key(kernel="forward", architecture="sm_90", width=64, itemsize=2, masked=True, descriptors=True)
 SMALL: dict[str, tuple[Case, dict[str, Any]]] = {
     "flash.forward": (
         Case(
@@ -162,6 +164,29 @@ def test_a_models_layers_say_what_is_tuned() -> None:
     assert (case.problem["h"], case.problem["g"]) == (32, 8)
 
 
+@pytest.mark.parametrize(
+    ("build", "key", "choice", "changed"),
+    [
+        (choices.build, SMALL_KEY, {"tile_m": 64, "tile_n": 64, "num_warps": 4, "num_stages": 2}, changed)
+        for changed in ({"tile_m": 48}, {"tile_n": 0}, {"tile_m": "128"}, {"num_warps": True}, {"num_stages": -1})
+    ]
+    + [
+        (decode_choices.build, None, {"tile_n": 64, "num_warps": 4, "num_stages": 2, "resident": 1}, changed)
+        for changed in ({"tile_n": 48}, {"num_warps": 3}, {"resident": 0}, {"num_stages": "2"})
+    ]
+    + [
+        (rope_choices.build, None, {"tokens": 16, "heads": 2, "split": 1, "num_warps": 1}, changed)
+        for changed in ({"tokens": 12}, {"heads": 0}, {"split": 0}, {"num_warps": 1.0})
+    ],
+)
+def test_numbers_that_triton_does_not_take_are_no_choice(
+    build: Any, key: Any, choice: dict[str, Any], changed: dict[str, Any]
+) -> None:
+    (name,) = changed
+    with pytest.raises(ValueError, match=f"{name} must be a"):
+        build(key, {**choice, **changed})
+
+
 # Tables that are shipped.
 
 SHIPPED: list[tuple[Device, dict[str, Any]]] = [
@@ -184,7 +209,7 @@ def recompiled() -> dict[tuple[str, str], Any]:
             {"target": device.target, "multiprocessors": device.multiprocessors},
         )
         with Pool(
-            "longspan.autotune.compiler:Compiler", servant, count=os.cpu_count() or 1, environment=environment
+            "longspan.autotune.compiler:Compiler", servant, count=len(os.sched_getaffinity(0)), environment=environment
         ) as pool:
             for owner, row in SHIPPED:
                 case = case_of(row, device.arch)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
-from longspan.autotune import Asked, Lookup, Values, overridden
+from longspan.autotune import Asked, Lookup, Values, checked, overridden
 
 Kernel = Literal["forward", "backward_keys", "backward_queries"]
 
@@ -88,7 +88,7 @@ def asked(key: Key) -> Asked:
 
 def build(key: Key, values: Values) -> Choice:
     """Make a choice of a row's; tensors that cannot be described are read through pointers."""
-    made: Any = dict(values)
+    made: Any = dict(checked(values, ("tile_m", "tile_n", "num_warps"), ("num_stages",)))
     choice = Choice(**made)
     return choice if key.descriptors or not choice.descriptors else replace(choice, descriptors=False)
 

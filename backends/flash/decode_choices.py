@@ -11,7 +11,7 @@ from typing import Any, Final, NamedTuple
 
 import torch
 
-from longspan.autotune import Asked, Lookup, Values
+from longspan.autotune import Asked, Lookup, Values, checked
 
 from .launch import INTERPRETED, architecture, padded
 
@@ -220,7 +220,7 @@ def asked(key: TileKey) -> Asked:
 
 def build(key: TileKey, values: Values) -> Tiles:
     """Make tiles of a row's; those of float32 have rows of their own."""
-    made: Any = dict(values)
+    made: Any = dict(checked(values, ("tile_n", "num_warps"), ("num_stages", "resident")))
     return Tiles(16 if key.itemsize == 4 else key.rows, **made)
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
 
-from longspan.autotune import Asked, Lookup, Values
+from longspan.autotune import Asked, Lookup, Values, checked
 
 from .launch import INTERPRETED, architecture
 
@@ -87,7 +87,7 @@ def asked(key: RopeKey) -> Asked:
 
 def build(key: RopeKey, values: Values) -> RopeChoice:
     """Make a choice of a row's; more programs than tiles of heads would only make cosines."""
-    made: Any = dict(values)
+    made: Any = dict(checked(values, ("tokens", "heads", "num_warps"), ("split",)))
     choice = RopeChoice(**made)
     return choice._replace(split=min(choice.split, -(-key.heads // choice.heads)))
 
