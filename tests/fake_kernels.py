@@ -4,6 +4,7 @@ A choice says by its ``way`` how a sum is made, and by its ``cost`` how long a l
 reads the time off the choice. Compiling costs nothing, or the life of whoever tries.
 """
 
+import itertools
 import os
 import random
 import signal
@@ -18,6 +19,7 @@ from longspan.autotune.lookup import FORCED
 
 NAN = float("nan")
 TILE = 4
+FLIP = itertools.cycle([0.0, 1e-12])  # a coin might fall eight times on one side
 SIZES = (8, 7, 1, 13)  # the first is a multiple of every tile, as the tuned problem is
 
 
@@ -40,7 +42,7 @@ def add(numbers: list[float], out: list[float], way: str) -> list[float]:
         before = out[at] if way == "reads uninitialised memory" else 0.0
         out[at] = before + sum(numbers[: at + 1])
     if way == "repeats in other bits":
-        out[0] += random.choice([0.0, 1e-12])
+        out[0] += next(FLIP)
     return out
 
 

@@ -158,11 +158,11 @@ except Unusable as trouble:
 """
 
 
-def child(code: str, *arguments: str, **settings: Any) -> subprocess.Popen[str]:
-    """Run a program that finds the project where this one does."""
+def child(code: str, *arguments: str, seconds: float, **settings: Any) -> subprocess.CompletedProcess[str]:
+    """Run a program that finds the project where this one does; it is killed after so many seconds."""
     found = os.pathsep.join(str(Path(entry).resolve()) for entry in sys.path)
-    return subprocess.Popen(  # noqa: S603 - our own source
-        [sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, text=True,
+    return subprocess.run(  # noqa: S603 - our own source
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=seconds, check=False,
         env={**os.environ, "PYTHONPATH": found}, **settings,
     )  # fmt: skip
 
@@ -174,9 +174,8 @@ def no_more_than(size: int) -> None:
 
 
 def test_a_file_system_that_refuses_to_write_is_named(tmp_path: Path) -> None:
-    process = child(FULL, str(tmp_path / "journal"), preexec_fn=lambda: no_more_than(1 << 20))
-    out, _ = process.communicate(timeout=60)
-    lines = out.splitlines()
+    process = child(FULL, str(tmp_path / "journal"), seconds=60, preexec_fn=lambda: no_more_than(1 << 20))
+    lines = process.stdout.splitlines()
     assert "Unusable:" in lines[-1]
     assert "free some space" in lines[-1]
     acknowledged = [int(line) for line in lines[1:-1]]
@@ -242,7 +241,6 @@ print(count)
 
 def test_a_coordinator_killed_100_times_loses_no_acknowledged_result(tmp_path: Path) -> None:
     # Forked from one light child: a hundred interpreters would take minutes, and the journal is what is tested.
-    process = child(KILLED, str(tmp_path / "journal"), stderr=subprocess.PIPE)
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    assert int(out) > 100
+    process = child(KILLED, str(tmp_path / "journal"), seconds=300)
+    assert process.returncode == 0, process.stderr
+    assert int(process.stdout) > 100
