@@ -5,9 +5,12 @@ process. Which numbers are right is not known here: a gate, handed in by import 
 """
 
 import copy
+import os
 import statistics
+import traceback
 from collections.abc import Callable
-from typing import Any, Final
+from functools import wraps
+from typing import Any, Concatenate, Final, ParamSpec, TypeVar
 
 from .family import Case, Values, canonical, families, imported
 from .lookup import override
@@ -15,6 +18,29 @@ from .race import CUT, LAUNCHES, MORE
 
 WARM: Final = 3  # launches of a finalist before the first round
 REPEATS: Final = 8  # launches of a winner that must agree bit by bit
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def alive(method: Callable[Concatenate["Measurer", P], R]) -> Callable[Concatenate["Measurer", P], R]:
+    """End the process where an exception has left the device unusable: every later choice would fail for it.
+
+    A fault on a GPU is an ordinary exception, after which all that is asked of the device raises.
+    """
+
+    @wraps(method)
+    def run(self: "Measurer", /, *args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return method(self, *args, **kwargs)
+        except Exception:
+            try:
+                self.clock.rest()
+            except Exception:  # noqa: BLE001 - whatever it is, the device does not answer
+                traceback.print_exc()
+                os._exit(os.EX_SOFTWARE)
+            raise
+
+    return run
 
 
 class Measurer:
@@ -38,6 +64,7 @@ class Measurer:
         """Describe the device."""
         return self.clock.describe()
 
+    @alive
     def trial(
         self, family: str, case: dict[str, Any], choice: dict[str, Any], best: float | None = None
     ) -> dict[str, Any]:
@@ -61,6 +88,7 @@ class Measurer:
                 times += meter(MORE)
         return {"status": "raced", "worst": worst, "times": times}
 
+    @alive
     def final(
         self, family: str, case: dict[str, Any], choices: list[dict[str, Any]], rounds: int, launches: int
     ) -> dict[str, list[float]]:
@@ -82,6 +110,7 @@ class Measurer:
                     times[canonical(choices[at])].append(statistics.median(meters[at](launches)))
         return times
 
+    @alive
     def confirm(self, family: str, case: dict[str, Any], choice: dict[str, Any]) -> dict[str, Any]:
         """Verify a winner on the problem that it was tuned for, and see that it repeats bit by bit."""
         owner, of = self.families[family], Case(**case)

@@ -231,6 +231,13 @@ class Pool:
         process.printed.seek(max(0, size - TAIL))
         return process.printed.read().decode(errors="replace")
 
+    def renew(self) -> None:
+        """Kill the workers that have no job: the next one's is done by one that nothing was done to."""
+        for process in [process for process in self.processes if process.job is None]:
+            kill(process)
+            process.printed.close()
+            self.processes.remove(process)
+
     def close(self) -> None:
         """Kill the workers and forget their jobs."""
         self.waiting.clear()
@@ -284,4 +291,6 @@ def ending(code: int) -> str:
     """Say how a process ended."""
     if code < 0:
         return f"its process died of {signal.Signals(-code).name}"
+    if code == os.EX_SOFTWARE:
+        return "it left the device unusable, and its process ended itself"
     return f"its process ended with code {code}"

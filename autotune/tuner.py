@@ -160,6 +160,7 @@ class Tuner:
         """Take note of a trial."""
         value = outcome.value if outcome.status == "ok" else {}
         status = value.get("status", outcome.status)
+        self.distrust(status)
         note = value.get("note") or f"{outcome.kind} {outcome.message}".strip()
         if status in BROKEN and candidate.attempts >= ATTEMPTS:
             status = "poison"
@@ -187,7 +188,14 @@ class Tuner:
             outcomes = self.measurers.wait(1.0)
             self.watch(self)
             if outcomes:
+                value = outcomes[0].value
+                self.distrust(value.get("status", "") if isinstance(value, dict) else "")
                 return outcomes[0]
+
+    def distrust(self, status: str) -> None:
+        """Replace the worker of a wrong choice: who writes wrong numbers may have written them anywhere."""
+        if status == "wrong" and self.measurers is not None:
+            self.measurers.renew()
 
 
 def in_turn(entries: Sequence[Entry]) -> list[Entry]:

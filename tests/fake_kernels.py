@@ -18,6 +18,7 @@ from longspan.autotune import Case, Family, Values
 from longspan.autotune.lookup import FORCED
 
 NAN = float("nan")
+BROKEN: list[str] = []  # what broke the device of this process, until its end
 TILE = 4
 FLIP = itertools.cycle([0.0, 1e-12])  # a coin might fall eight times on one side
 SIZES = (8, 7, 1, 13)  # the first is a multiple of every tile, as the tuned problem is
@@ -34,6 +35,11 @@ def add(numbers: list[float], out: list[float], way: str) -> list[float]:
         os.kill(os.getpid(), signal.SIGSEGV)
     if way == "hangs":
         time.sleep(3600)
+    if way == "breaks the device":
+        BROKEN.append(way)
+    if BROKEN:
+        msg = "an illegal memory access was encountered"
+        raise RuntimeError(msg)
     if way == "raises":
         msg = "out of resources"
         raise RuntimeError(msg)
@@ -115,7 +121,10 @@ class Scripted:
         return lambda launches: [1e-6 * float(cost) * self.draw.uniform(1.0, 1.004) for _ in range(launches)]
 
     def rest(self) -> None:
-        """Nobody is tired."""
+        """Nobody is tired, but a device may be broken."""
+        if BROKEN:
+            msg = "an illegal memory access was encountered"
+            raise RuntimeError(msg)
 
 
 class Compiler:
@@ -176,6 +185,13 @@ WRONG = [
     )
 ]  # fmt: skip
 DEADLY = [family("deadly", [{"way": "faults", "cost": 1}, {"way": "honest", "cost": 50}], HONEST)]
+BREAKING = [
+    family(
+        "breaking",
+        [{"way": "breaks the device", "cost": 1}, *({"way": "honest", "cost": cost} for cost in (40, 50))],
+        {"way": "honest", "cost": 50},
+    )
+]  # fmt: skip
 HANGING = [family("hanging", [{"way": "hangs", "cost": 1}, {"way": "honest", "cost": 50}], HONEST)]
 COMPILED = [
     family(

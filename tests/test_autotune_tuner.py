@@ -17,6 +17,7 @@ import pytest
 
 from longspan.autotune import digest, folders, forget, table
 from longspan.autotune.journal import place
+from longspan.autotune.pool import Pool, Process
 from longspan.cli.page import Refused
 from longspan.cli.tune import Asked, merge, seconds, tune
 
@@ -107,6 +108,28 @@ def test_a_choice_that_takes_its_worker_down_is_tried_again_once_and_then_never(
     assert "SIGSEGV" in done.found["faults"][0]["message"]
     again = run("DEADLY", fresh=False)
     assert (again.won, again.faults) == ([50], [])
+
+
+def test_a_choice_that_leaves_the_device_unusable_costs_its_worker_and_no_other_choice(run: Callable[..., Run]) -> None:
+    done = run("BREAKING")
+    assert (done.code, done.won) == (0, [40])
+    assert done.faults == [("breaks the device", "crash"), ("breaks the device", "poison")]
+    assert "left the device unusable" in done.found["faults"][0]["message"]
+
+
+def test_a_worker_that_made_wrong_numbers_is_replaced(run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[Process] = []
+    start = Pool.start
+
+    def counted(self: Pool) -> Process:
+        process = start(self)
+        if self.servant.endswith("Measurer"):
+            started.append(process)
+        return process
+
+    monkeypatch.setattr(Pool, "start", counted)
+    done = run("WRONG")
+    assert len(started) == 1 + sum(status == "wrong" for _, status in done.faults)
 
 
 def test_a_launch_that_hangs_is_ended_and_the_run_goes_on(
