@@ -195,8 +195,11 @@ class Pool:
             elif not process.ready:
                 return self.dead(process, "error", message["message"], message.get("kind", ""))
         if ended:
-            process.popen.wait()
-            return self.dead(process, "crash", ending(process.popen.returncode))
+            with contextlib.suppress(subprocess.TimeoutExpired):  # it closed its end and lives: then it is killed
+                process.popen.wait(GRACE)
+            code = process.popen.returncode
+            words = "it closed its pipe and went on running" if code is None else ending(code)
+            return self.dead(process, "crash", words)
         if time.monotonic() > process.deadline:
             allowed = START if process.job is None else process.job.seconds
             return self.dead(process, "timeout", f"it did not end within {allowed:g} s")

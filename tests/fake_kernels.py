@@ -142,6 +142,9 @@ class Compiler:
                 os.abort()
             case "hangs":
                 time.sleep(3600)
+            case "hangs up":
+                os.closerange(3, 64)
+                time.sleep(3600)
             case "raises":
                 msg = "Expected a power of two"
                 raise ValueError(msg)

@@ -47,6 +47,13 @@ def test_a_job_that_hangs_is_ended_and_the_others_go_on() -> None:
     assert time.monotonic() - begin < 20
 
 
+def test_a_worker_that_hangs_up_and_lives_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("longspan.autotune.pool.GRACE", 1.0)
+    found = jobs("hangs up", "well", count=1)
+    assert [one.status for _, one in sorted(found.items())] == ["crash", "ok"]
+    assert found[0, "hangs up"].message == "it closed its pipe and went on running"
+
+
 def test_a_job_that_wants_too_much_memory_fails_alone() -> None:
     found = jobs("eats memory", "well", count=1, memory=256 << 20)
     assert [one.status for _, one in sorted(found.items())] == ["error", "ok"]
