@@ -265,7 +265,7 @@ def test_mapping_is_stacking(dims: tuple[int | None, ...]) -> None:
 @pytest.mark.parametrize("b", [1, 2])
 def test_mapping_over_cotangents_is_one_after_the_other(b: int) -> None:
     inputs = [x.detach()[:b] for x in arguments()]
-    out, pull = torch.func.vjp(lambda *heads: flash.attention(*heads, mask=masks.causal()).out, *inputs)
+    out, pull, *_ = torch.func.vjp(lambda *heads: flash.attention(*heads, mask=masks.causal()).out, *inputs)
     cotangents = torch.randn(3, *out.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     found = torch.func.vmap(pull)(cotangents)
     for i, cotangent in enumerate(cotangents):
