@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-from .family import Values
+from .family import Values, canonical
 from .journal import Journal
 from .plan import ATTEMPTS, BROKEN, Candidate, Entry, Fault
 from .pool import Outcome
@@ -93,6 +93,8 @@ class Finals:
         """Take a finalist out for good."""
         candidate = entry.candidates[name]
         candidate.state, candidate.note = "out", message
+        if entry.won is not None and canonical(entry.won["choice"]) == name:  # it won before
+            entry.won, entry.finished = None, False
         status = "poison" if status in BROKEN else status
         self.journal.finish(entry.scope, entry.case.key, candidate.choice, status, note=message)
         self.faults.append(Fault(entry=entry, candidate=candidate, status=status, message=message))

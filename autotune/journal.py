@@ -253,11 +253,12 @@ class Journal:
         }
 
     def winners(self, scope: int) -> dict[str, dict[str, Any]]:
-        """All winners, by key."""
+        """All winners, by key; none that was found wrong since."""
         with self.told():
             rows = self.store.execute(
-                "SELECT winner.key, winner.choice, evidence, worst, repeated FROM winner"
-                " JOIN verification ON verification.id = winner.verification WHERE winner.scope = ?",
+                "SELECT winner.key, winner.choice, evidence, verification.worst, repeated FROM winner"
+                " JOIN verification ON verification.id = winner.verification"
+                " JOIN trial USING (scope, key, choice) WHERE winner.scope = ? AND trial.status = 'raced'",
                 (scope,),
             ).fetchall()
         return {

@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 
 from longspan.autotune import Case, Family, folders, forget, table
 from longspan.autotune.device import Device, minor, offline, triton_version
-from longspan.autotune.family import families
+from longspan.autotune.family import canonical, families
 from longspan.autotune.finals import rows
 from longspan.autotune.journal import Journal, Unusable, place
 from longspan.autotune.plan import Entry, plan
@@ -230,31 +230,43 @@ def keep(asked: Asked, device: Device, entries: Sequence[Entry], journal: Journa
     """Write the user's table, and the one that was asked for."""
     if asked.compile_only:
         return
-    made = rows(entries, journal, triton_version())
-    if not made:
-        return
-    mine = folders.tables() / f"{device.slug}-triton-{minor(triton_version())}.json"
-    with told(mine):
-        table.write(mine, joined(mine, device, made))
-    forget()
+    made, out = rows(entries, journal, triton_version()), thrown_out(entries)
+    paths = [folders.tables() / f"{device.slug}-triton-{minor(triton_version())}.json"]
     if asked.export is not None:
-        path = asked.export / f"{device.slug}.json" if asked.export.is_dir() else asked.export
+        paths.append(asked.export / f"{device.slug}.json" if asked.export.is_dir() else asked.export)
+    for path in paths:
         with told(path):
-            table.write(path, joined(path, device, made))
+            old = known(path, device)
+            kept = remaining(old, made, out)
+            if made or len(kept) < len(old):
+                table.write(path, table.make(device, [*kept, *made]))
+        forget()
 
 
-def joined(path: Path, device: Device, made: list[dict[str, Any]]) -> dict[str, Any]:
-    """Merge new rows into a table that is there, of whose rows they replace those of their keys."""
-    new = table.make(device, made)
-    if not path.exists():
-        return new
+def thrown_out(entries: Sequence[Entry]) -> set[tuple[str, ...]]:
+    """Family, key, code and choice of all that must not serve, whenever it won."""
+    return {
+        (entry.family.name, entry.case.name, entry.digest, name)
+        for entry in entries for name, one in entry.candidates.items() if one.state == "out"
+    }  # fmt: skip
+
+
+def known(path: Path, device: Device) -> list[dict[str, Any]]:
+    """Return the rows of a table that is there; none of one that is damaged, which is made from the journal."""
     try:
-        old = table.read(path)
+        old = table.read(path) if path.exists() else table.make(device, [])
     except BadTable:
-        return new  # damaged, and made again from the journal
+        return []
+    return old["rows"] if old["device"]["slug"] == device.slug else []
+
+
+def remaining(old: list[dict[str, Any]], made: list[dict[str, Any]], out: set[tuple[str, ...]]) -> list[dict[str, Any]]:
+    """Return the rows that stay beside new ones: those of other keys whose choices are not out."""
     names = {table.order(row) for row in made}
-    kept = [row for row in old["rows"] if table.order(row) not in names] if old["device"]["slug"] == device.slug else []
-    return table.make(device, [*kept, *made])
+    return [
+        row for row in old
+        if table.order(row) not in names and (*table.order(row), row["digest"], canonical(row["choice"])) not in out
+    ]  # fmt: skip
 
 
 @contextmanager

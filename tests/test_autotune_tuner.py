@@ -101,6 +101,22 @@ def test_a_wrong_choice_comes_with_a_program_that_shows_it(run: Callable[..., Ru
     assert names["shown"] == {"status": "wrong", "note": fault["message"]}
 
 
+def test_a_winner_that_is_found_wrong_later_serves_no_longer(run: Callable[..., Run], tmp_path: Path) -> None:
+    def condemn(where: str) -> None:
+        with sqlite3.connect(place()) as journal:
+            journal.execute(f"UPDATE trial SET status = 'wrong', worst = NULL WHERE {where}")  # noqa: S608 - from below
+        journal.close()
+
+    assert run("PLAIN").won == [80, 80, 80]
+    condemn("choice LIKE '%80%'")
+    assert run("PLAIN").won == [90, 90, 90]
+    (kept,) = (tmp_path / "results" / "tables").iterdir()
+    assert [row["choice"]["cost"] for row in table.read(kept)["rows"]] == [90, 90, 90]
+    condemn("TRUE")
+    assert run("PLAIN").won == [None, None, None]
+    assert table.read(kept)["rows"] == []
+
+
 def test_a_choice_that_takes_its_worker_down_is_tried_again_once_and_then_never(run: Callable[..., Run]) -> None:
     done = run("DEADLY")
     assert (done.code, done.won) == (0, [50])
