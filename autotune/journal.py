@@ -161,8 +161,9 @@ class Journal:
             return int(self.store.execute(where, values).fetchone()[0])
 
     def forget(self, scope: int) -> None:
-        """Drop what was measured; what was compiled stays, since it is the same again."""
+        """Drop what was measured, and what failed to compile; what was compiled stays, since it is the same again."""
         with self.told(), self.transaction():
+            self.store.execute("DELETE FROM compilation WHERE scope = ? AND status NOT IN ('ok', 'illegal')", (scope,))
             for table in ("winner", "verification", "trial"):
                 self.store.execute(f"DELETE FROM {table} WHERE scope = ?", (scope,))  # noqa: S608 - names from above
 
@@ -187,6 +188,13 @@ class Journal:
                 " ON CONFLICT DO UPDATE SET status = 'started', attempts = attempts + 1, at = excluded.at",
                 row,
             )
+
+    def withdraw(self, scope: int, key: Values, choice: Values) -> None:
+        """Write down that a choice that was started was not launched after all."""
+        row = scope, canonical(key), canonical(choice)
+        with self.told(), self.transaction():
+            self.store.execute("DELETE FROM trial WHERE (scope, key, choice) = (?, ?, ?) AND attempts = 1", row)
+            self.store.execute("UPDATE trial SET attempts = attempts - 1 WHERE (scope, key, choice) = (?, ?, ?)", row)
 
     def finish(
         self, scope: int, key: Values, choice: Values, status: str, *, worst: float | None = None,

@@ -19,6 +19,9 @@ State = Literal["new", "compiling", "ready", "out", "raced", "suspect"]
 ATTEMPTS: Final = 2  # that a choice may take down its worker
 SPILLED: Final = 10_000  # added to the rank of a choice that spills
 BROKEN: Final = {"crash", "timeout"}  # outcomes that cost a worker its life
+# What fails for the machine's sake, and not for the choice's: a full disk, another's memory.
+TRANSIENT: Final = ("OSError", "PermissionError", "FileNotFoundError", "MemoryError", "TimeoutExpired")
+AGAIN: Final = "again, "  # begins the note of a compilation that failed once before
 
 
 @dataclass
@@ -29,6 +32,7 @@ class Candidate:
         state: ``out`` is never launched again: illegal, wrong, poison, or not to be compiled.
         note: Why it is out.
         attempts: How often it was launched and not heard of again.
+        recompiled: Whether its compilation failed in an earlier run, for what may have been the machine's sake.
     """
 
     choice: Values
@@ -39,6 +43,7 @@ class Candidate:
     times: list[float] = field(default_factory=list)
     worst: float = 0.0
     attempts: int = 0
+    recompiled: bool = False
     note: str = ""
 
     def learn(self, status: str, resources: dict[str, Any], note: str) -> None:
@@ -135,7 +140,9 @@ def entry(family: Family, case: Case, device: Device, scope: int, code: str, kno
     for rank, name in enumerate(order):
         one = Candidate(space[name], name, rank)
         compiled = compilations.get((canonical(case.variant), name))
-        if compiled is not None:
+        if compiled is not None and passing(compiled):
+            one.recompiled = True  # it is compiled once more, and no more
+        elif compiled is not None:
             one.learn(compiled["status"], compiled["resources"], compiled["note"])
         tried = trials.get((case.name, name))
         if tried is not None:
@@ -147,14 +154,20 @@ def entry(family: Family, case: Case, device: Device, scope: int, code: str, kno
     return made
 
 
+def passing(failed: Mapping[str, Any]) -> bool:
+    """Whether a compilation or a trial failed for what may have passed since."""
+    transient = failed["status"] in BROKEN or (failed["status"] == "error" and failed["note"].startswith(TRANSIENT))
+    return transient and not failed["note"].startswith(AGAIN)
+
+
 def recall(one: Candidate, tried: Mapping[str, Any]) -> None:
     """Take a trial from the journal."""
     one.attempts, one.note = tried["attempts"], tried["note"] or one.note
     if tried["status"] == "raced":
         one.state, one.times, one.worst = "raced", tried["times"], tried["worst"]
-    elif tried["status"] in {"wrong", "poison", "error"} or one.attempts >= ATTEMPTS:
+    elif one.attempts >= ATTEMPTS or (tried["status"] in {"wrong", "poison", "error"} and not passing(tried)):
         one.state = "out"
-    else:  # it was started, and its worker or the tuner was killed
+    else:  # it was started, and its worker or the tuner was killed, or the machine had no room for it
         one.state = "suspect"
 
 

@@ -29,6 +29,10 @@ class Unkillable(RuntimeError):  # noqa: N818 - a fact about a process
     """A worker outlived SIGKILL: it sits in the kernel, usually in a driver. A second one would only join it."""
 
 
+class Stillborn(RuntimeError):  # noqa: N818 - a fact about a process
+    """A worker died before it could take a job."""
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What came of a job.
@@ -41,6 +45,7 @@ class Outcome:
         message: In one sentence, what went wrong.
         seconds: How long the job took.
         printed: The end of what the worker printed meanwhile.
+        begun: Whether the job was; False where the worker that it was started for never came up.
     """
 
     tag: Any
@@ -50,6 +55,7 @@ class Outcome:
     message: str = ""
     seconds: float = 0.0
     printed: str = ""
+    begun: bool = True
 
 
 @dataclass
@@ -225,7 +231,8 @@ class Pool:
         job = process.job if process.ready else self.waiting.popleft() if self.waiting else None
         if job is None:
             return None
-        return Outcome(job.tag, status, None, kind, message, time.monotonic() - process.since, printed)
+        spent = time.monotonic() - process.since
+        return Outcome(job.tag, status, None, kind, message, spent, printed, begun=process.ready)
 
     @staticmethod
     def printed(process: Process) -> str:

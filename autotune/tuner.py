@@ -12,8 +12,8 @@ from typing import Any, Final
 from .device import Device, illegal
 from .finals import Finals
 from .journal import Journal
-from .plan import ATTEMPTS, BROKEN, Candidate, Entry, Fault
-from .pool import Outcome, Pool, wait
+from .plan import AGAIN, ATTEMPTS, BROKEN, Candidate, Entry, Fault
+from .pool import Outcome, Pool, Stillborn, wait
 
 COMPILE: Final = 90.0  # seconds that one compilation may take
 TRIAL: Final = 60.0  # and one trial: verification, compilation of what was not compiled ahead, a few launches
@@ -121,13 +121,14 @@ class Tuner:
 
     def compiled_one(self, entry: Entry, candidate: Candidate, outcome: Outcome) -> None:
         """Take note of a compilation."""
+        self.came_up(outcome)
         self.compiled += 1
         found = outcome.value["resources"] if outcome.status == "ok" else {}
         reason = illegal(found, self.device) if outcome.status == "ok" else f"{outcome.kind} {outcome.message}".strip()
         status = "ok" if reason is None else "illegal" if outcome.status == "ok" else outcome.status
         self.journal.compiled(
             entry.scope, entry.case.variant, candidate.choice, status, resources=found, seconds=outcome.seconds,
-            note=reason or "",
+            note=(AGAIN if candidate.recompiled else "") + (reason or ""),
         )  # fmt: skip
         if status in BROKEN:
             self.faults.append(
@@ -158,6 +159,9 @@ class Tuner:
 
     def tried_one(self, entry: Entry, candidate: Candidate, outcome: Outcome) -> None:
         """Take note of a trial."""
+        if not outcome.begun:
+            self.journal.withdraw(entry.scope, entry.case.key, candidate.choice)
+        self.came_up(outcome)
         value = outcome.value if outcome.status == "ok" else {}
         status = value.get("status", outcome.status)
         self.distrust(status)
@@ -188,9 +192,20 @@ class Tuner:
             outcomes = self.measurers.wait(1.0)
             self.watch(self)
             if outcomes:
+                self.came_up(outcomes[0])
                 value = outcomes[0].value
                 self.distrust(value.get("status", "") if isinstance(value, dict) else "")
                 return outcomes[0]
+
+    @staticmethod
+    def came_up(outcome: Outcome) -> None:
+        """Stop where a worker never came up: that says nothing of any choice, and the next would not either."""
+        if not outcome.begun:
+            msg = (
+                f"a worker did not come up: {outcome.message}. What was measured is in the journal, and "
+                "`longspan tune` again goes on from there"
+            )
+            raise Stillborn(msg)
 
     def distrust(self, status: str) -> None:
         """Replace the worker of a wrong choice: who writes wrong numbers may have written them anywhere."""

@@ -17,7 +17,7 @@ from longspan.autotune.family import canonical, families
 from longspan.autotune.finals import rows
 from longspan.autotune.journal import Journal, Unusable, place
 from longspan.autotune.plan import Entry, plan
-from longspan.autotune.pool import Pool, Unkillable
+from longspan.autotune.pool import Pool, Stillborn, Unkillable
 from longspan.autotune.table import BadTable
 from longspan.autotune.tuner import Tuner
 
@@ -81,7 +81,7 @@ def tune(asked: Asked) -> int:
     """Tune, and turn what stopped it into one sentence."""
     try:
         return run(asked)
-    except (Unusable, Unkillable, BadTable, folders.Homeless) as trouble:
+    except (Unusable, Unkillable, Stillborn, BadTable, folders.Homeless) as trouble:
         raise Refused(str(trouble)) from trouble
 
 

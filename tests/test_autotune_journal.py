@@ -49,6 +49,10 @@ def test_what_a_killed_run_started_is_suspect(tmp_path: Path) -> None:
     journal.start(scope, KEY, {"tile": 32})
     assert journal.suspects(scope) == [('{"width":64}', '{"tile":32}')]
     assert journal.trials(scope)['{"width":64}', '{"tile":32}']["attempts"] == 2
+    journal.withdraw(scope, KEY, {"tile": 32})
+    assert journal.trials(scope)['{"width":64}', '{"tile":32}']["attempts"] == 1
+    journal.withdraw(scope, KEY, {"tile": 32})
+    assert journal.suspects(scope) == []
     journal.close()
 
 

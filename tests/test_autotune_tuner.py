@@ -47,6 +47,12 @@ class Run:
         return [(one["choice"].get("compile", one["choice"]["way"]), one["status"]) for one in faults]
 
 
+def gone(pool: Pool) -> None:
+    """Take a pool's workers and whatever new ones would be made of."""
+    pool.close()
+    pool.servant = "no_such_module:Measurer"
+
+
 @pytest.fixture
 def run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -161,7 +167,9 @@ def test_what_does_not_compile_or_fit_is_out_and_what_spills_comes_last(run: Cal
     assert compiled.faults == [("aborts", "crash")]  # once, though two keys share it
     done = run("COMPILED")
     assert done.won == [20, 20]  # the one that spills: compiled codes are judged by their times alone
-    assert done.faults == []  # it is known, and not compiled again
+    assert done.faults == [("aborts", "crash")]  # once more: the machine may have been out of memory
+    again = run("COMPILED")
+    assert (again.found["compiled"], again.faults) == (0, [])
     assert [(key["out"], key["raced"], key["spilling"]) for key in done.found["keys"]] == [(3, 3, 1)] * 2
     with sqlite3.connect(place()) as journal:
         tried = journal.execute("SELECT choice FROM trial ORDER BY at").fetchall()
@@ -170,6 +178,7 @@ def test_what_does_not_compile_or_fit_is_out_and_what_spills_comes_last(run: Cal
     journal.close()
     assert "1048576 bytes of shared memory" in notes["illegal"]
     assert notes["error"] == "ValueError Expected a power of two"
+    assert run("COMPILED", fresh=True, compile_only=True).found["compiled"] == 2  # what failed, and not what did not
 
 
 def test_a_run_goes_on_where_the_last_one_stopped(run: Callable[..., Run]) -> None:
@@ -193,6 +202,22 @@ def test_an_exhaustive_run_says_what_the_race_would_have_lost_and_draws(
     done = run("PLAIN", exhaustive=True, png=tmp_path / "gains.png")
     assert (tmp_path / "gains.png").read_bytes().startswith(b"\x89PNG")
     assert all(0 <= key["regret"] < 0.01 for key in done.found["keys"])
+
+
+def test_workers_that_do_not_come_up_end_the_run_and_no_choice(
+    run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(Refused, match=r"a worker did not come up: .*no_such_module"):
+        run("PLAIN", compiler="no_such_module:Compiler")
+    assert run("PLAIN").won == [80, 80, 80]
+    # A measuring worker that served once, and whose successor finds its device gone.
+    with monkeypatch.context() as patch:
+        patch.setattr(Pool, "renew", gone)
+        with pytest.raises(Refused, match=r"a worker did not come up: .*no_such_module"):
+            run("WRONG")
+    with sqlite3.connect(place()) as journal:
+        assert journal.execute("SELECT count(*) FROM trial WHERE status = 'started'").fetchone() == (0,)
+    journal.close()
 
 
 def test_compiling_alone_needs_no_device(run: Callable[..., Run]) -> None:
