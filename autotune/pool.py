@@ -107,7 +107,6 @@ class Pool:
         self.count, self.memory, self.environment = count, memory, environment or {}
         self.waiting: deque[Job] = deque()
         self.processes: list[Process] = []
-        self.failed: list[Outcome] = []
 
     def __enter__(self) -> Self:
         """Workers start with the first job."""
@@ -130,7 +129,7 @@ class Pool:
     @property
     def pending(self) -> int:
         """Jobs that have no outcome yet."""
-        return len(self.waiting) + sum(process.job is not None for process in self.processes) + len(self.failed)
+        return len(self.waiting) + sum(process.job is not None for process in self.processes)
 
     @property
     def idle(self) -> bool:
@@ -158,7 +157,7 @@ class Pool:
         paths = [os.path.abspath(path) for path in sys.path]  # noqa: PTH100 - '' is the working directory
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **self.environment}
         command = [
-            sys.executable, "-m", "longspan.autotune.worker", str(send), str(os.getpid()), str(self.memory),
+            sys.executable, "-P", "-m", "longspan.autotune.worker", str(send), str(os.getpid()), str(self.memory),
             self.servant, json.dumps(self.arguments),
         ]  # fmt: skip
         popen = subprocess.Popen(  # noqa: S603 - this package's own module
@@ -174,11 +173,7 @@ class Pool:
 
     def take(self) -> list[Outcome]:
         """Return what has arrived, deal with what died or is late, and keep the others busy."""
-        outcomes, self.failed = self.failed, []
-        for process in list(self.processes):
-            outcome = self.look(process)
-            if outcome is not None:
-                outcomes.append(outcome)
+        outcomes = [outcome for process in list(self.processes) if (outcome := self.look(process)) is not None]
         self.dispatch()
         return outcomes
 
@@ -203,9 +198,7 @@ class Pool:
         if ended:
             with contextlib.suppress(subprocess.TimeoutExpired):  # it closed its end and lives: then it is killed
                 process.popen.wait(GRACE)
-            code = process.popen.returncode
-            words = "it closed its pipe and went on running" if code is None else ending(code)
-            return self.dead(process, "crash", words)
+            return self.dead(process, "crash", ending(process.popen.returncode))
         if time.monotonic() > process.deadline:
             allowed = START if process.job is None else process.job.seconds
             return self.dead(process, "timeout", f"it did not end within {allowed:g} s")
@@ -231,8 +224,7 @@ class Pool:
         job = process.job if process.ready else self.waiting.popleft() if self.waiting else None
         if job is None:
             return None
-        spent = time.monotonic() - process.since
-        return Outcome(job.tag, status, None, kind, message, spent, printed, begun=process.ready)
+        return Outcome(job.tag, status, None, kind, message, time.monotonic() - process.since, printed, process.ready)
 
     @staticmethod
     def printed(process: Process) -> str:
@@ -297,8 +289,10 @@ def kill(process: Process) -> None:
             process.popen.stdin.close()
 
 
-def ending(code: int) -> str:
-    """Say how a process ended."""
+def ending(code: int | None) -> str:
+    """Say how a process ended, or that it did not."""
+    if code is None:
+        return "it closed its pipe and went on running"
     if code < 0:
         return f"its process died of {signal.Signals(-code).name}"
     if code == os.EX_SOFTWARE:

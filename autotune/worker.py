@@ -23,6 +23,7 @@ def main() -> None:
     """Serve until stdin ends: ``python -m longspan.autotune.worker DESCRIPTOR PARENT BYTES SERVANT ARGUMENTS``."""
     descriptor, parent, memory, servant, arguments = sys.argv[1:]
     die_with(int(parent))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a worker's death is no news: its core may be gigabytes
     replies = os.fdopen(int(descriptor), "w", buffering=1, encoding="utf-8")
     reply(replies, attempt(lambda: serve(replies, imported(servant)(**json.loads(arguments)), int(memory))))
 

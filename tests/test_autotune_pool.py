@@ -1,6 +1,7 @@
 """A worker's death costs its job and nothing else."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -52,6 +53,21 @@ def test_a_worker_that_hangs_up_and_lives_is_ended(monkeypatch: pytest.MonkeyPat
     found = jobs("hangs up", "well", count=1)
     assert [one.status for _, one in sorted(found.items())] == ["crash", "ok"]
     assert found[0, "hangs up"].message == "it closed its pipe and went on running"
+
+
+def test_workers_leave_no_core_and_find_no_module_in_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "resource.py").write_text("raise SystemExit(3)")
+    monkeypatch.chdir(tmp_path)
+    with Pool("fake_kernels:Compiler", SOURCES) as pool:
+        pool.submit(1, "compile", 30, family="f", case={}, choice={})
+        while pool.processes and not pool.processes[0].ready:
+            pool.take()
+        limits = Path(f"/proc/{pool.processes[0].popen.pid}/limits").read_text("ascii")
+        (found,) = every(pool)
+    assert found.status == "ok"
+    assert re.search(r"Max core file size +0 +0 ", limits)
 
 
 def test_a_job_that_wants_too_much_memory_fails_alone() -> None:
