@@ -6,7 +6,6 @@ that very key: a foreign key says so.
 """
 
 import json
-import os
 import sqlite3
 import time
 from collections.abc import Iterator, Mapping
@@ -279,26 +278,7 @@ class Journal:
             for key, choice, evidence, worst, repeated in rows
         }
 
-    def suspects(self, scope: int) -> list[tuple[str, str]]:
-        """Keys and choices that a run started and never finished: it was killed, or they killed it."""
-        with self.told():
-            return self.store.execute(
-                "SELECT key, choice FROM trial WHERE scope = ? AND status = 'started'", (scope,)
-            ).fetchall()
-
 
 def place() -> Path:
     """Where the user's journal is."""
     return folders.results() / f"journal-v{VERSION}.sqlite3"
-
-
-def writable(folder: Path) -> str | None:
-    """Say why nothing can be written in a folder, or None; a user who is root is told no by the disk alone."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe.{os.getpid()}"
-        probe.write_bytes(b"longspan")
-        probe.unlink()
-    except OSError as error:
-        return f"{folder} cannot be written to: {error.strerror}; set {folders.VARIABLE} to another folder"
-    return None
