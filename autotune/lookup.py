@@ -6,6 +6,7 @@ All but the first three are announced once, at the logger ``longspan``: as a war
 """
 
 import logging
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -114,7 +115,7 @@ class Lookup(Generic[K, C]):
             if key not in self.known:
                 asked = self.asked(key)
                 self.known[key] = self.served(key, asked) or self.heuristic(key)
-        return self.known[key]
+            return self.known[key]  # while nobody else can forget it
 
     def served(self, key: K, asked: Asked) -> C | None:
         """Return the choice that was tuned; whatever is wrong with tables or sources costs a launch only that."""
@@ -158,8 +159,12 @@ class Shelf:
     """The tables that a process has read: once, at the first key that is looked up."""
 
     def __init__(self) -> None:
-        self.lock = threading.RLock()
+        self.unlock()
         self.forget()
+
+    def unlock(self) -> None:
+        """Take a lock that nobody holds."""
+        self.lock = threading.RLock()
 
     def forget(self) -> None:
         """Read everything anew when it is asked for next."""
@@ -269,6 +274,8 @@ def listed(folder: Path) -> list[Path]:
 
 
 SHELF: Final = Shelf()
+if hasattr(os, "register_at_fork"):  # a lock that another thread holds is held for ever in a child that lacks it
+    os.register_at_fork(after_in_child=SHELF.unlock)
 LOOKUPS: Final[list[Lookup[Any, Any]]] = []
 FORGETTERS: Final[list[Callable[[], None]]] = []
 

@@ -2,6 +2,9 @@
 
 import json
 import logging
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -270,6 +273,37 @@ def test_calls_after_the_first_look_at_no_file(shelves: Shelves, monkeypatch: py
     monkeypatch.setattr(lookup.Shelf, "search", None)
     monkeypatch.setattr(lookup.Lookup, "resolve", None)
     assert find(Key(64)) == 5
+
+
+FORKED = """
+import os, signal, threading
+from longspan.autotune.lookup import SHELF
+
+held, done = threading.Event(), threading.Event()
+
+def hold():
+    with SHELF.lock:
+        held.set()
+        done.wait()
+
+thread = threading.Thread(target=hold)
+thread.start()
+held.wait()
+if (child := os.fork()) == 0:
+    os._exit(0 if SHELF.lock.acquire(timeout=0) else 1)
+status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+done.set()
+thread.join()
+os._exit(status)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_process_forked_while_a_choice_is_looked_up_can_look_up_others() -> None:
+    found = os.pathsep.join(str(Path(entry).resolve()) for entry in sys.path)
+    subprocess.run(  # noqa: S603 - our own source
+        [sys.executable, "-c", FORKED], check=True, timeout=60, env={**os.environ, "PYTHONPATH": found}
+    )
 
 
 def test_tables_are_one_line_a_row_sorted_and_read_back(tmp_path: Path) -> None:
