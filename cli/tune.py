@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -204,15 +204,16 @@ def alone(uuid: str) -> AbstractContextManager[Any]:
     path = folders.results() / "locks" / f"{uuid}.lock"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path, timeout=0)
-        lock.acquire()
+        return FileLock(path, timeout=0).acquire()
     except Timeout:
         msg = f"another tuner measures on this GPU ({uuid}): two would measure each other; wait for it to end"
+        raise Refused(msg) from None
+    except NotImplementedError:  # what some file systems say to a lock
+        msg = f"{path.parent} is on a file system without locks; set {folders.VARIABLE} to another folder"
         raise Refused(msg) from None
     except OSError as error:
         msg = f"{path.parent} cannot be written to: {error.strerror}; set {folders.VARIABLE} to another folder"
         raise Refused(msg) from None
-    return lock if lock.is_locked else nullcontext()
 
 
 def compile_pool(asked: Asked) -> Pool:

@@ -19,7 +19,7 @@ from longspan.autotune import digest, folders, forget, table
 from longspan.autotune.journal import place
 from longspan.autotune.pool import Pool, Process
 from longspan.cli.page import Refused
-from longspan.cli.tune import Asked, merge, seconds, tune
+from longspan.cli.tune import Asked, alone, merge, seconds, tune
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="sessions and limits of Linux")
 FAKES: dict[str, Any] = {
@@ -355,6 +355,15 @@ def test_a_tuner_that_is_killed_loses_at_most_the_choice_in_flight(
     out, _ = process.communicate(timeout=60)
     (key,) = json.loads(out)["keys"]
     assert (key["raced"], key["choice"]["cost"]) == (12, 10)
+
+
+def test_a_lock_of_a_gpu_is_free_again_when_its_context_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(folders.VARIABLE, str(tmp_path))
+    held = alone("GPU-1")
+    with held, pytest.raises(Refused, match="another tuner"):
+        alone("GPU-1")
+    with alone("GPU-1"):  # though the first one is still referred to
+        assert held is not None
 
 
 def test_a_second_tuner_of_a_gpu_is_refused(tmp_path: Path, started: Callable[..., subprocess.Popen[str]]) -> None:
