@@ -1,7 +1,10 @@
 """How every test runs: shapes of the specification checked, examples reproducible, one thread, the machine named."""
 
+import atexit
 import os
+import shutil
 import sys
+import tempfile
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
@@ -12,6 +15,11 @@ from hypothesis import HealthCheck, settings
 # Without a GPU, Triton interprets the same kernels on this CPU. It must be told before it is imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# What this user has tuned on this machine must not decide what a test launches.
+if "LONGSPAN_TUNE_DIR" not in os.environ:
+    os.environ["LONGSPAN_TUNE_DIR"] = tempfile.mkdtemp(prefix="longspan-tests-")
+    atexit.register(shutil.rmtree, os.environ["LONGSPAN_TUNE_DIR"], ignore_errors=True)
 
 # jaxtyping rewrites functions as they are imported: later would be too late, and nothing would be checked.
 if any(name.startswith("longspan.spec") for name in sys.modules):
