@@ -162,5 +162,7 @@ def reproducer(sources: list[str], gate: str, clock: str, family: str, case: Cas
     return (
         "from longspan.autotune.measurer import Measurer\n\n"
         f"measurer = Measurer({sources!r}, {gate!r}, {clock!r})\n"
-        f"print(measurer.trial({family!r}, {fields!r}, {dict(choice)!r}))\n"
+        f"asked = {family!r}, {fields!r}, {dict(choice)!r}\n"
+        "tried = measurer.trial(*asked)\n"
+        'print(tried if tried["status"] == "wrong" else measurer.confirm(*asked))\n'
     )
