@@ -141,10 +141,16 @@ def check(found: Any, fields: Mapping[str, Callable[[Any], bool]], what: str) ->
             raise BadTable(msg)
 
 
-def merge(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+def merge(first: dict[str, Any], second: dict[str, Any], codes: Mapping[str, str]) -> dict[str, Any]:
     """Merge two tables of one device: of two rows of a key the one with more behind it, or else the second.
 
-    A row of a newer Triton stands above one of an older; then the one that raced more of its space, in more rounds.
+    A row of today's code stands above one of other code, which would not serve, and one of a newer Triton above one of
+    an older; then the one that raced more of its space, in more rounds.
+
+    Args:
+        first: A table.
+        second: Another of the same device.
+        codes: Digests of today's code, by family.
 
     Raises:
         BadTable: For tables of two devices.
@@ -156,12 +162,12 @@ def merge(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
     rows = {order(row): row for row in first["rows"]}
     for row in second["rows"]:
         known = rows.get(order(row))
-        if known is None or evidence(row) >= evidence(known):
+        if known is None or evidence(row, codes) >= evidence(known, codes):
             rows[order(row)] = row
     return {**second, "rows": sorted(rows.values(), key=order)}
 
 
-def evidence(row: dict[str, Any]) -> tuple[tuple[int, ...], int, int]:
+def evidence(row: dict[str, Any], codes: Mapping[str, str]) -> tuple[bool, tuple[int, ...], int, int]:
     """How much there is behind a row."""
     version = tuple(int(part) for part in row["triton"].split(".")[:2] if part.isdecimal())
-    return version, row["raced"], row["rounds"]
+    return row["digest"] == codes.get(row["family"]), version, row["raced"], row["rounds"]

@@ -1,9 +1,10 @@
 """`longspan tune`: measure which launch parameters are fastest on this GPU, once, and keep them."""
 
 import os
+import re
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,18 +12,18 @@ from typing import Any, Final
 
 from filelock import FileLock, Timeout
 
-from longspan.autotune import Case, Family, folders, forget, table
-from longspan.autotune.device import Device, minor, offline, triton_version
-from longspan.autotune.family import canonical, families
-from longspan.autotune.finals import rows
+from longspan.autotune import Case, Family, folders
+from longspan.autotune.device import Device, offline, triton_version
+from longspan.autotune.family import families
 from longspan.autotune.journal import Journal, Unusable, place
-from longspan.autotune.plan import Entry, plan
+from longspan.autotune.plan import plan
 from longspan.autotune.pool import Pool, Stillborn, Unkillable
 from longspan.autotune.table import BadTable
 from longspan.autotune.tuner import Tuner
 
 from .page import Refused, console, print_json, refused
 from .tune_page import Watch, conclude, report
+from .tune_tables import keep, merge
 
 SOURCES: Final = ("longspan.backends.flash.families:FAMILIES",)
 GATE: Final = "longspan.cli.tune_gate:gate"
@@ -61,20 +62,17 @@ def main(*, budget: str, merged: tuple[Path, Path] | None, export: Path | None, 
         Refused: For what was asked in vain: an unknown kernel, no GPU, another tuner on it, a journal that is none.
     """
     if merged is not None:
-        return merge(*merged, export)
+        return merge(*merged, export, SOURCES)
     return tune(Asked(budget=seconds(budget), export=export, as_json=as_json, **options))
 
 
 def seconds(text: str) -> float:
     """Read a time: ``90s``, ``5m``, ``1h``, or seconds."""
-    units = {"s": 1.0, "m": 60.0, "h": 3600.0}
-    try:
-        found = float(text.rstrip("smh")) * units.get(text[-1:], 1.0)
-    except ValueError:
-        found = -1.0
-    if not 0 < found < float("inf"):
+    units = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
+    found = re.fullmatch(r"(\d{1,9}(?:\.\d*)?|\.\d+)([smh]?)", text, re.ASCII)
+    if found is None or not (meant := float(found[1]) * units[found[2]]):
         refused("budget", "a time as 90s, 5m or 1h", repr(text))
-    return found
+    return meant
 
 
 def tune(asked: Asked) -> int:
@@ -90,6 +88,8 @@ def run(asked: Asked) -> int:
     begun = time.monotonic()
     if find_spec("triton") is None:
         refused("the installation", "one with triton", "none; the spec, eager and sdpa need no tuning")
+    if asked.png is not None:
+        drawable(asked.png)
     with ExitStack() as stack:
         # Workers import PyTorch while this process does.
         compilers = stack.enter_context(compile_pool(asked))
@@ -100,6 +100,10 @@ def run(asked: Asked) -> int:
         stack.callback(journal.close)
         cases = None if asked.model is None else launched(asked.model, asked.context, chosen, device.arch)
         entries = plan(chosen, device, journal, triton_version(), fresh=asked.fresh, cases=cases)
+        if not entries:
+            of = "these kernels" if asked.model is None else f"these kernels, of which {asked.model} launches none"
+            msg = f"there is nothing to tune of {of} on {device.arch}"
+            raise Refused(msg)
         page = console()
         tuner = Tuner(entries=entries, journal=journal, device=device, compilers=compilers, measurers=measurers,
                       exhaustive=asked.exhaustive, begun=begun)  # fmt: skip
@@ -109,17 +113,35 @@ def run(asked: Asked) -> int:
             try:
                 tuner.run(asked.budget)
             finally:  # whatever stops it, who has won by then serves
-                keep(asked, device, entries, journal)
+                if not asked.compile_only:
+                    keep(asked.export, device, entries, journal, triton_version())
     found = report(tuner, asked.gate, asked.clock, asked.sources)
-    if asked.png is not None:
-        from .tune_picture import picture  # noqa: PLC0415 - matplotlib is an extra
-
-        picture(found, asked.png)
     if asked.as_json:
         print_json(found)
     else:
         conclude(page, found)
+    if asked.png is not None:
+        draw(found, asked.png)
     return 0 if found["ok"] else 1
+
+
+def drawable(png: Path) -> None:
+    """Refuse a picture that cannot be drawn before minutes are spent on it."""
+    from .preflight import check_png  # noqa: PLC0415 - imports PyTorch
+
+    check_png(png)
+    if find_spec("matplotlib") is None:
+        refused("--png", "left out where there is no matplotlib", "none; pip install 'longspan[bench]' brings it")
+
+
+def draw(found: dict[str, Any], png: Path) -> None:
+    """Draw the picture, or say why there is none."""
+    from .tune_picture import picture  # noqa: PLC0415 - matplotlib is an extra
+
+    try:
+        picture(found, png)
+    except OSError as error:
+        refused("png", "a file that can be written", f"{png}: {error.strerror}")
 
 
 def pick(known: dict[str, Family], names: Sequence[str]) -> list[Family]:
@@ -225,69 +247,3 @@ def compile_pool(asked: Asked) -> Pool:
     pool = Pool(asked.compiler, {"sources": list(asked.sources)}, count=count, memory=MEMORY, environment=environment)
     pool.warm()
     return pool
-
-
-def keep(asked: Asked, device: Device, entries: Sequence[Entry], journal: Journal) -> None:
-    """Write the user's table, and the one that was asked for."""
-    if asked.compile_only:
-        return
-    made, out = rows(entries, journal, triton_version()), thrown_out(entries)
-    paths = [folders.tables() / f"{device.slug}-triton-{minor(triton_version())}.json"]
-    if asked.export is not None:
-        paths.append(asked.export / f"{device.slug}.json" if asked.export.is_dir() else asked.export)
-    for path in paths:
-        with told(path):
-            old = known(path, device)
-            kept = remaining(old, made, out)
-            if made or len(kept) < len(old):
-                table.write(path, table.make(device, [*kept, *made]))
-        forget()
-
-
-def thrown_out(entries: Sequence[Entry]) -> set[tuple[str, ...]]:
-    """Family, key, code and choice of all that must not serve, whenever it won."""
-    return {
-        (entry.family.name, entry.case.name, entry.digest, name)
-        for entry in entries for name, one in entry.candidates.items() if one.state == "out"
-    }  # fmt: skip
-
-
-def known(path: Path, device: Device) -> list[dict[str, Any]]:
-    """Return the rows of a table that is there; none of one that is damaged, which is made from the journal."""
-    try:
-        old = table.read(path) if path.exists() else table.make(device, [])
-    except BadTable:
-        return []
-    return old["rows"] if old["device"]["slug"] == device.slug else []
-
-
-def remaining(old: list[dict[str, Any]], made: list[dict[str, Any]], out: set[tuple[str, ...]]) -> list[dict[str, Any]]:
-    """Return the rows that stay beside new ones: those of other keys whose choices are not out."""
-    names = {table.order(row) for row in made}
-    return [
-        row for row in old
-        if table.order(row) not in names and (*table.order(row), row["digest"], canonical(row["choice"])) not in out
-    ]  # fmt: skip
-
-
-@contextmanager
-def told(path: Path) -> Iterator[None]:
-    """Turn what the file system refuses into a sentence."""
-    try:
-        yield
-    except OSError as error:
-        msg = f"{path} cannot be written: {error.strerror}; what was measured is in the journal"
-        raise Refused(msg) from None
-
-
-def merge(first: Path, second: Path, out: Path | None) -> int:
-    """Merge two tables into one, printed or written."""
-    try:
-        merged = table.merge(table.read(first), table.read(second))
-    except BadTable as bad:
-        raise Refused(str(bad)) from None
-    path = second if out is None else out
-    with told(path):
-        table.write(path, merged)
-    console().print(f"{len(merged['rows'])} rows in {path}")
-    return 0

@@ -136,7 +136,7 @@ def report(tuner: Tuner, gate: str, clock: str, sources: Sequence[str]) -> dict[
         "seconds": time.monotonic() - tuner.begun, "answered_seconds": tuner.answered, "compiled": tuner.compiled,
         "mean_gain": mean(gains) if gains else None, "keys": keys, "faults": faults, "measured": measured,
         "left": sum(key["space"] - key["out"] - (key["raced"] if measured else key["ready"]) for key in keys),
-        "ok": not wrong and (not measured or all(key["finished"] for key in keys)),
+        "ok": not wrong and all(key["finished"] if measured else key["ready"] for key in keys),
     }  # fmt: skip
 
 
@@ -206,7 +206,11 @@ def conclude_measured(page: Console, found: dict[str, Any]) -> None:
         page.print(f"Of all choices swept, the race alone crowned one within {100 * max(regrets):.1f} % of the best.")
     if found["mean_gain"] is not None:
         page.print(f"Tuned launches are {found['mean_gain']:.3f} × as fast as the heuristic's (geometric mean).")
+    answered = sum(key["finished"] or key["raced"] > 0 for key in found["keys"])
+    said = f"{answered} of {len(found['keys'])} keys have a verified answer"
+    if found["answered_seconds"] is not None:
+        said = f"every key had a verified answer after {duration(found['answered_seconds'])}"
     page.print(
-        f"{duration(found['seconds'])}; every key had a verified answer after {duration(found['answered_seconds'])}. "
+        f"{duration(found['seconds'])}; {said}. "
         "What a winner may lack: the noise of its final, and whatever the choices not raced would have gained."
     )

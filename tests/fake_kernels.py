@@ -207,6 +207,8 @@ COMPILED = [
         cases=2,
     )
 ]  # fmt: skip
+UNCOMPILED = [family("uncompiled", [], {**HONEST, "compile": "raises"})]
+NOTHING = [family("nothing", [HONEST], HONEST, cases=0)]
 MANY = [family("many", [{"way": "honest", "cost": cost} for cost in range(100, 130)], HONEST, cases=4)]
 CLOSE = [family("close", [{"way": "honest", "cost": 995}], {"way": "honest", "cost": 1000})]
 SLOW = [family("slow", [{"way": "honest", "cost": cost, "seconds": 0.3} for cost in (*range(20, 30), 10)], HONEST)]

@@ -319,7 +319,11 @@ def test_tables_are_one_line_a_row_sorted_and_read_back(tmp_path: Path) -> None:
 def test_merging_keeps_the_row_with_more_behind_it() -> None:
     first = table.make(HERE, [row(1, width=64), {**row(2, width=128), "raced": 30}])
     second = table.make(HERE, [row(3, width=128), row(4, width=256), row(5, width=64, triton="3.7.0")])
-    merged = {one["key"]["width"]: one["choice"]["tile"] for one in table.merge(first, second)["rows"]}
+    merged = {one["key"]["width"]: one["choice"]["tile"] for one in table.merge(first, second, {})["rows"]}
     assert merged == {64: 5, 128: 2, 256: 4}
+    old = table.make(HERE, [{**row(1, code="0" * 16), "raced": 30}])
+    for pair in ((old, second), (second, old)):  # what raced more is of code that is no more
+        merged = {one["key"]["width"]: one["choice"]["tile"] for one in table.merge(*pair, {"made.up": CODE})["rows"]}
+        assert merged[64] == 5
     with pytest.raises(table.BadTable, match="one device, got sm_90-132sm-50mb-227kb and sm_90-114sm"):
-        table.merge(first, table.make(SMALLER, []))
+        table.merge(first, table.make(SMALLER, []), {})

@@ -18,8 +18,9 @@ import pytest
 from longspan.autotune import digest, folders, forget, table
 from longspan.autotune.journal import place
 from longspan.autotune.pool import Pool, Process
-from longspan.cli.page import Refused
+from longspan.cli.page import Refused, console
 from longspan.cli.tune import Asked, alone, merge, seconds, tune
+from longspan.cli.tune_page import conclude_measured
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="sessions and limits of Linux")
 FAKES: dict[str, Any] = {
@@ -100,11 +101,12 @@ def test_wrong_kernels_never_win_however_fast(run: Callable[..., Run]) -> None:
 
 def test_a_wrong_choice_comes_with_a_program_that_shows_it(run: Callable[..., Run]) -> None:
     done = run("WRONG")
-    fault = next(one for one in done.found["faults"] if one["choice"]["way"] == "drops the tail")
-    program = fault["reproduce"].replace("print(", "shown = (")
-    names: dict[str, Any] = {}
-    exec(program, names)  # noqa: S102 - that it runs is what is promised
-    assert names["shown"] == {"status": "wrong", "note": fault["message"]}
+    for way in ("drops the tail", "repeats in other bits"):  # seen in its trial, and in the final alone
+        fault = next(one for one in done.found["faults"] if one["choice"]["way"] == way)
+        program = fault["reproduce"].replace("print(", "shown = (")
+        names: dict[str, Any] = {}
+        exec(program, names)  # noqa: S102 - that it runs is what is promised
+        assert names["shown"] == {"status": "wrong", "note": fault["message"]}
 
 
 def test_a_winner_that_is_found_wrong_later_serves_no_longer(run: Callable[..., Run], tmp_path: Path) -> None:
@@ -225,6 +227,17 @@ def test_compiling_alone_needs_no_device(run: Callable[..., Run]) -> None:
     assert done.code == 0
     assert [(key["ready"], key["out"]) for key in done.found["keys"]] == [(3, 3)] * 2
     assert not folders.tables().exists()
+    nothing = run("UNCOMPILED", compile_only=True, arch="sm_90")
+    assert (nothing.code, [(key["ready"], key["out"]) for key in nothing.found["keys"]]) == (1, [(0, 1)])
+
+
+def test_a_page_says_how_many_keys_are_answered(run: Callable[..., Run], capsys: pytest.CaptureFixture[str]) -> None:
+    done = run("PLAIN")
+    conclude_measured(console(), done.found)
+    assert "every key had a verified answer after" in capsys.readouterr().out
+    again = run("PLAIN")
+    conclude_measured(console(), again.found)
+    assert "3 of 3 keys have a verified answer" in capsys.readouterr().out
 
 
 def test_tables_are_exported_and_merged(
@@ -238,6 +251,9 @@ def test_tables_are_exported_and_merged(
     assert [row["family"] for row in merged] == ["deadly", "plain", "plain", "plain"]
     run("PLAIN", export=tmp_path / "b.json")  # into one that is there
     assert len(table.read(tmp_path / "b.json")["rows"]) == 4
+    run("PLAIN", export=tmp_path / "new")  # a folder that is not there yet
+    (written,) = (tmp_path / "new").iterdir()
+    assert written.name == "sm_90-132sm-50mb-227kb.json"
     with pytest.raises(Refused, match="cannot be read"):
         merge(tmp_path / "a.json", tmp_path / "none.json", None)
 
@@ -250,6 +266,9 @@ def test_tables_are_exported_and_merged(
         ({"arch": "sm_1", "compile_only": True}, "arch must be one of sm_80"),
         ({"clock": "longspan.autotune.clock:Wall"}, "only interpreted"),
         ({"clock": "no_such_module:Clock"}, "nothing can be measured here"),
+        ({"png": Path("gains.gif")}, "ends in .png"),
+        ({"png": Path("no such folder") / "gains.png"}, "a folder that exists"),
+        ({"sources": ("fake_kernels:NOTHING",)}, "nothing to tune"),
     ],
 )
 def test_what_cannot_be_is_refused_in_a_sentence(run: Callable[..., Run], settings: dict[str, Any], said: str) -> None:
@@ -273,7 +292,7 @@ def test_budgets_are_read(text: str, meant: float) -> None:
     assert seconds(text) == meant
 
 
-@pytest.mark.parametrize("text", ["", "m", "-3s", "five", "nan", "inf", "3d"])
+@pytest.mark.parametrize("text", ["", "m", "-3s", "five", "nan", "inf", "3d", "5ms", "1hm", "0s", "1_0"])
 def test_what_is_no_budget_is_refused(text: str) -> None:
     with pytest.raises(Refused, match="budget must be a time"):
         seconds(text)
