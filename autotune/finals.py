@@ -66,22 +66,25 @@ class Finals:
         return finalists({one.name: one.times for one in entry.raced}, entry.heuristic, self.most)
 
     def final(self, entry: Entry, names: list[str]) -> dict[str, list[float]]:
-        """Race finalists; a final that dies is held again, and then without whoever dies alone."""
+        """Race finalists; a final that dies is held again, then without whoever dies alone, then one by one."""
         for _ in range(ATTEMPTS):
             if not names:
                 break
             outcome = self.race(entry, names)
             if outcome.status == "ok":
                 return outcome.value
-        survivors = []
+        survivors: dict[str, list[float]] = {}
         for name in names:
             outcome = self.race(entry, [name])
             if outcome.status == "ok":
-                survivors.append(name)
+                survivors |= outcome.value
             else:
                 self.expel(entry, name, "poison", f"in a final, {outcome.message}")
-        outcome = self.race(entry, survivors) if survivors and survivors != names else None
-        return outcome.value if outcome is not None and outcome.status == "ok" else {}
+        if 1 < len(survivors) < len(names):
+            outcome = self.race(entry, list(survivors))
+            if outcome.status == "ok":
+                return outcome.value
+        return survivors
 
     def race(self, entry: Entry, names: list[str]) -> Outcome:
         """One final."""

@@ -1,7 +1,33 @@
 """Who stays in a race and who wins it; and a trial, which times what it has verified."""
 
+from pathlib import Path
+from typing import Any
+
+import fake_kernels
+
+from longspan.autotune.device import offline
+from longspan.autotune.family import canonical
+from longspan.autotune.finals import Finals
+from longspan.autotune.journal import Journal
 from longspan.autotune.measurer import Measurer
+from longspan.autotune.plan import plan
+from longspan.autotune.pool import Outcome
 from longspan.autotune.race import decide, finalists
+
+
+def test_finalists_that_die_together_and_not_alone_are_judged_by_their_times_alone(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal")
+    (entry, *_) = plan(fake_kernels.PLAIN, offline("sm_90"), journal, "3.6.0")
+    raced: list[int] = []
+
+    def ask(*_: Any, choices: list[Any], **__: Any) -> Outcome:
+        raced.append(len(choices))
+        return Outcome(1, "ok", {canonical(choices[0]): [1.0]}) if len(choices) == 1 else Outcome(1, "crash")
+
+    names = list(entry.candidates)
+    assert Finals(journal, ask, []).final(entry, names) == {name: [1.0] for name in names}
+    assert raced == [4, 4, 1, 1, 1, 1]
+    journal.close()
 
 
 def test_finalists_are_the_fastest_and_the_heuristic() -> None:
