@@ -184,7 +184,8 @@ class Journal:
         with self.told():
             self.store.execute(
                 "INSERT INTO trial VALUES (?, ?, ?, 'started', 1, NULL, '[]', '', ?)"
-                " ON CONFLICT DO UPDATE SET status = 'started', attempts = attempts + 1, at = excluded.at",
+                " ON CONFLICT DO UPDATE SET status = 'started', attempts = attempts + 1, at = excluded.at"
+                " WHERE trial.status <> 'raced'",  # what was acknowledged stays, whoever tries it again
                 row,
             )
 

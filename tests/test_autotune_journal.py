@@ -43,6 +43,13 @@ def test_what_was_written_is_read_back_by_the_next_run(tmp_path: Path) -> None:
     again.close()
 
 
+def test_a_second_start_takes_back_no_acknowledged_result(tmp_path: Path) -> None:
+    journal, scope = filled(tmp_path / "journal")
+    journal.start(scope, KEY, CHOICE)
+    assert journal.trials(scope)['{"width":64}', '{"tile":16}']["status"] == "raced"
+    journal.close()
+
+
 def test_what_a_killed_run_started_is_suspect(tmp_path: Path) -> None:
     journal, scope = filled(tmp_path / "journal")
     journal.start(scope, KEY, {"tile": 32})
