@@ -4,13 +4,11 @@ import os
 import re
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
-
-from filelock import FileLock, Timeout
 
 from longspan.autotune import Case, Family, folders
 from longspan.autotune.device import Device, offline, triton_version
@@ -22,6 +20,7 @@ from longspan.autotune.table import BadTable
 from longspan.autotune.tuner import Tuner
 
 from .page import Refused, console, print_json, refused
+from .tune_lock import alone
 from .tune_page import Watch, conclude, report
 from .tune_tables import keep, merge
 
@@ -30,6 +29,8 @@ GATE: Final = "longspan.cli.tune_gate:gate"
 CLOCK: Final = "longspan.autotune.clock:Cuda"
 COMPILER: Final = "longspan.autotune.compiler:Compiler"
 MEMORY: Final = 6 << 30  # bytes that one compilation may take
+ROOM: Final = 1 << 30  # and that must be free for each compile worker
+MOST: Final = 64  # compile workers
 ASKING: Final = 120.0  # seconds that a worker may take to describe its GPU
 
 
@@ -187,8 +188,9 @@ def machine(asked: Asked, asking: Pool | None, stack: ExitStack) -> tuple[Device
     if asked.compile_only:
         asking.close()
         return described(found), None
-    stack.enter_context(alone(found["uuid"]))
-    return described(found), asking
+    device = described(found)
+    stack.enter_context(alone(found["uuid"], device.slug))
+    return device, asking
 
 
 def measuring_pool(asked: Asked) -> Pool:
@@ -217,31 +219,26 @@ def described(found: dict[str, Any]) -> Device:
     return Device(**{name: value for name, value in found.items() if name != "uuid"})
 
 
-def alone(uuid: str) -> AbstractContextManager[Any]:
-    """Hold the lock of a GPU; the kernel drops it with the process, however that ends.
+def crew(cores: int, memory: int | None, *, alone: bool) -> int:
+    """Count the compile workers that cores and bytes of free memory bear, beside a measuring worker or alone."""
+    left = cores - (2 if cores > 4 and not alone else 1 if cores > 2 else 0)
+    return max(1, min(left, MOST, left if memory is None else memory // ROOM))
 
-    Raises:
-        Refused: When another tuner holds it.
-    """
-    path = folders.results() / "locks" / f"{uuid}.lock"
+
+def available() -> int | None:
+    """Bytes of memory that could be had without swapping; None where nobody says."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return FileLock(path, timeout=0).acquire()
-    except Timeout:
-        msg = f"another tuner measures on this GPU ({uuid}): two would measure each other; wait for it to end"
-        raise Refused(msg) from None
-    except NotImplementedError:  # what some file systems say to a lock
-        msg = f"{path.parent} is on a file system without locks; set {folders.VARIABLE} to another folder"
-        raise Refused(msg) from None
-    except OSError as error:
-        msg = f"{path.parent} cannot be written to: {error.strerror}; set {folders.VARIABLE} to another folder"
-        raise Refused(msg) from None
+        text = Path("/proc/meminfo").read_text("ascii")
+    except OSError:
+        return None
+    found = re.search(r"^MemAvailable: +(\d+) kB$", text, re.MULTILINE)
+    return None if found is None else int(found[1]) << 10
 
 
 def compile_pool(asked: Asked) -> Pool:
     """Start the compile workers: one a core, but for the coordinator's and the measuring worker's."""
     cores = len(os.sched_getaffinity(0))
-    count = asked.workers or max(1, cores - (2 if cores > 4 and not asked.compile_only else 1 if cores > 2 else 0))
+    count = asked.workers or crew(cores, available(), alone=asked.compile_only)
     # What a worker must not do: interpret, or look for threads that the others need.
     environment = {"TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
     pool = Pool(asked.compiler, {"sources": list(asked.sources)}, count=count, memory=MEMORY, environment=environment)

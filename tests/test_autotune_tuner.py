@@ -6,6 +6,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,7 +20,8 @@ from longspan.autotune import digest, folders, forget, table
 from longspan.autotune.journal import place
 from longspan.autotune.pool import Pool, Process
 from longspan.cli.page import Refused, console
-from longspan.cli.tune import Asked, alone, merge, seconds, tune
+from longspan.cli.tune import Asked, crew, merge, seconds, tune
+from longspan.cli.tune_lock import alone
 from longspan.cli.tune_page import conclude_measured
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="sessions and limits of Linux")
@@ -60,6 +62,7 @@ def run(
 ) -> Iterator[Callable[..., Run]]:
     """Run the command on fakes; results go to a folder of the test's own."""
     monkeypatch.setenv(folders.VARIABLE, str(tmp_path / "results"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # the card of the fakes is everybody's
     monkeypatch.setattr(folders, "SHIPPED", tmp_path / "shipped")
     monkeypatch.setattr("longspan.cli.tune.triton_version", lambda: "3.6.0")
     forget()
@@ -326,7 +329,7 @@ def started(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
         processes.append(
             subprocess.Popen(  # noqa: S603 - our own source
                 [sys.executable, "-c", MAIN, source], stdout=subprocess.PIPE, text=True,
-                env={**os.environ, "PYTHONPATH": found, folders.VARIABLE: str(tmp_path)},
+                env={**os.environ, "PYTHONPATH": found, folders.VARIABLE: str(tmp_path), "TMPDIR": str(tmp_path)},
             )
         )  # fmt: skip
         return processes[-1]
@@ -376,13 +379,32 @@ def test_a_tuner_that_is_killed_loses_at_most_the_choice_in_flight(
     assert (key["raced"], key["choice"]["cost"]) == (12, 10)
 
 
-def test_a_lock_of_a_gpu_is_free_again_when_its_context_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(folders.VARIABLE, str(tmp_path))
-    held = alone("GPU-1")
-    with held, pytest.raises(Refused, match="another tuner"):
-        alone("GPU-1")
-    with alone("GPU-1"):  # though the first one is still referred to
-        assert held is not None
+def test_a_gpu_is_locked_for_everybody_and_its_kind_in_one_journal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv(folders.VARIABLE, str(tmp_path / "mine"))
+    with alone("GPU-1", "kind"):
+        with pytest.raises(Refused, match="on a GPU of this kind"), alone("GPU-2", "kind"):
+            pass
+        with alone("GPU-2", "another kind"):
+            pass
+        monkeypatch.setenv(folders.VARIABLE, str(tmp_path / "yours"))
+        with pytest.raises(Refused, match="on this GPU"), alone("GPU-1", "kind"):
+            pass
+    with alone("GPU-1", "kind"):  # free again
+        pass
+
+
+@pytest.mark.parametrize(
+    ("cores", "memory", "alone", "count"),
+    [(1, None, False, 1), (2, None, False, 2), (4, None, False, 3), (16, None, False, 14), (16, None, True, 15),
+     (16, 5 << 30, False, 5), (16, 1 << 20, False, 1), (384, 1 << 40, False, 64)],
+)  # fmt: skip
+def test_compile_workers_are_as_many_as_cores_and_memory_bear(
+    cores: int, memory: int | None, alone: bool, count: int
+) -> None:
+    assert crew(cores, memory, alone=alone) == count
 
 
 def test_a_second_tuner_of_a_gpu_is_refused(tmp_path: Path, started: Callable[..., subprocess.Popen[str]]) -> None:
@@ -393,7 +415,7 @@ def test_a_second_tuner_of_a_gpu_is_refused(tmp_path: Path, started: Callable[..
         time.sleep(0.02)
     out, _ = (second := started()).communicate(timeout=60)
     assert second.returncode == 2
-    assert "another tuner measures on this GPU" in out
+    assert "another tuner measures on a GPU of this kind" in out
     first.kill()
     first.communicate()
     out, _ = started("fake_kernels:PLAIN").communicate(timeout=60)  # the lock died with its holder
