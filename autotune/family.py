@@ -14,7 +14,7 @@ Value = int | float | str | bool
 Values = Mapping[str, Value]
 
 
-def canonical(values: Values) -> str:
+def canonical(values: Mapping[str, Any]) -> str:
     """Write plain data as one line that is the same for equal data."""
     return json.dumps(dict(values), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
@@ -46,6 +46,11 @@ class Case:
     def name(self) -> str:
         """The key as one line."""
         return canonical(self.key)
+
+    @property
+    def posed(self) -> dict[str, Any]:
+        """What was measured, as the journal knows it: times of a key's other problems are none of this one."""
+        return {"key": dict(self.key), "problem": dict(self.problem)}
 
 
 @dataclass(frozen=True, kw_only=True)

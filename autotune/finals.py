@@ -99,7 +99,7 @@ class Finals:
         if entry.won is not None and canonical(entry.won["choice"]) == name:  # it won before
             entry.won, entry.finished = None, False
         status = "poison" if status in BROKEN else status
-        self.journal.finish(entry.scope, entry.case.key, candidate.choice, status, note=message)
+        self.journal.finish(entry.scope, entry.case.posed, candidate.choice, status, note=message)
         self.faults.append(Fault(entry=entry, candidate=candidate, status=status, message=message))
 
     def crown(self, entry: Entry, rounds: dict[str, list[float]], result: Result, verdict: dict[str, Any]) -> None:
@@ -123,7 +123,7 @@ class Finals:
         if self.exhaustive:
             evidence["regret"] = round(regret(entry, rounds), 4)
         self.journal.win(
-            entry.scope, entry.case.key, winner.choice, worst=verdict["worst"], repeated=verdict["repeated"],
+            entry.scope, entry.case.posed, winner.choice, worst=verdict["worst"], repeated=verdict["repeated"],
             evidence=evidence,
         )  # fmt: skip
         entry.won = {"choice": dict(winner.choice), "evidence": evidence}
@@ -166,12 +166,16 @@ def regret(entry: Entry, rounds: dict[str, list[float]]) -> float:
 
 
 def rows(entries: Sequence[Entry], journal: Journal, triton: str) -> list[dict[str, Any]]:
-    """Make rows of a table from the winners in the journal."""
+    """Make rows of a table from the winners in the journal: of a key's problems those of this run, or the newest."""
     scopes = {entry.scope: entry for entry in entries}
-    return [
-        {
-            "family": entry.family.name, "key": json.loads(key), "choice": won["choice"], **won["evidence"],
-            "digest": entry.digest, "triton": triton,
-        }
-        for scope, entry in scopes.items() for key, won in journal.winners(scope).items()
-    ]  # fmt: skip
+    asked = {(entry.scope, canonical(entry.case.posed)) for entry in entries}
+    made: dict[tuple[int, str], dict[str, Any]] = {}
+    for scope, entry in scopes.items():
+        winners = sorted(journal.winners(scope).items(), key=lambda won: (scope, won[0]) in asked)  # the last one stays
+        for posed, won in winners:
+            key = json.loads(posed)["key"]
+            made[scope, canonical(key)] = {
+                "family": entry.family.name, "key": key, "choice": won["choice"], **won["evidence"],
+                "digest": entry.digest, "triton": triton,
+            }  # fmt: skip
+    return list(made.values())

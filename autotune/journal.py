@@ -2,7 +2,8 @@
 
 SQLite with a write-ahead log. A launch on the device is written down as started before it is made: what a killed run
 leaves started is suspect, and tried last. A winner cannot be written without the verification of that very choice for
-that very key: a foreign key says so.
+that very key: a foreign key says so. A key here is any plain data; the tuner's says what is
+looked up and what was timed.
 """
 
 import json
@@ -17,7 +18,7 @@ from . import folders
 from .family import Values, canonical
 
 MAGIC: Final = 0x4C535449  # "LSTI": names the file's owner in its header
-VERSION: Final = 1
+VERSION: Final = 2
 BUSY: Final = 20.0  # seconds to wait for another tuner's transaction
 
 SCHEMA: Final = """
@@ -178,7 +179,7 @@ class Journal:
         with self.told():
             self.store.execute("INSERT OR REPLACE INTO compilation VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
 
-    def start(self, scope: int, key: Values, choice: Values) -> None:
+    def start(self, scope: int, key: Mapping[str, Any], choice: Values) -> None:
         """Write down that a choice is about to be launched."""
         row = scope, canonical(key), canonical(choice), time.time()
         with self.told():
@@ -189,7 +190,7 @@ class Journal:
                 row,
             )
 
-    def withdraw(self, scope: int, key: Values, choice: Values) -> None:
+    def withdraw(self, scope: int, key: Mapping[str, Any], choice: Values) -> None:
         """Write down that a choice that was started was not launched after all."""
         row = scope, canonical(key), canonical(choice)
         with self.told(), self.transaction():
@@ -197,7 +198,7 @@ class Journal:
             self.store.execute("UPDATE trial SET attempts = attempts - 1 WHERE (scope, key, choice) = (?, ?, ?)", row)
 
     def finish(
-        self, scope: int, key: Values, choice: Values, status: str, *, worst: float | None = None,
+        self, scope: int, key: Mapping[str, Any], choice: Values, status: str, *, worst: float | None = None,
         times: list[float] | None = None, note: str = "",
     ) -> None:  # fmt: skip
         """Write down what came of a choice that was started."""
@@ -218,7 +219,14 @@ class Journal:
             )
 
     def win(
-        self, scope: int, key: Values, choice: Values, *, worst: float, repeated: bool, evidence: Mapping[str, Any]
+        self,
+        scope: int,
+        key: Mapping[str, Any],
+        choice: Values,
+        *,
+        worst: float,
+        repeated: bool,
+        evidence: Mapping[str, Any],
     ) -> None:
         """Write down a winner with the verification that it stands on, or neither."""
         at, name, chosen = time.time(), canonical(key), canonical(choice)
@@ -261,12 +269,13 @@ class Journal:
         }
 
     def winners(self, scope: int) -> dict[str, dict[str, Any]]:
-        """All winners, by key; none that was found wrong since."""
+        """All winners, by key, the newest last; none that was found wrong since."""
         with self.told():
             rows = self.store.execute(
                 "SELECT winner.key, winner.choice, evidence, verification.worst, repeated FROM winner"
                 " JOIN verification ON verification.id = winner.verification"
-                " JOIN trial USING (scope, key, choice) WHERE winner.scope = ? AND trial.status = 'raced'",
+                " JOIN trial USING (scope, key, choice) WHERE winner.scope = ? AND trial.status = 'raced'"
+                " ORDER BY winner.at",
                 (scope,),
             ).fetchall()
         return {

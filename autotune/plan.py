@@ -130,7 +130,7 @@ Known = tuple[Mapping[tuple[str, str], Any], Mapping[tuple[str, str], Any], Mapp
 def entry(family: Family, case: Case, device: Device, scope: int, code: str, known: Known) -> Entry:
     """Put the choices of a key in order, and recall what is known of each."""
     compilations, trials, winners = known
-    heuristic = family.heuristic(case, device.arch)
+    heuristic, posed = family.heuristic(case, device.arch), canonical(case.posed)
     space = {canonical(choice): choice for choice in family.space(case, device.arch)}
     seeds = [canonical(choice) for choice in elsewhere(family.name, case) if canonical(choice) in space]
     guessed = sorted(space, key=lambda name: (family.cost(case, space[name], device.arch), name))
@@ -144,11 +144,11 @@ def entry(family: Family, case: Case, device: Device, scope: int, code: str, kno
             one.recompiled = True  # it is compiled once more, and no more
         elif compiled is not None:
             one.learn(compiled["status"], compiled["resources"], compiled["note"])
-        tried = trials.get((case.name, name))
+        tried = trials.get((posed, name))
         if tried is not None:
             recall(one, tried)
         candidates[name] = one
-    made = Entry(family, case, scope, code, canonical(heuristic), candidates, winners.get(case.name))
+    made = Entry(family, case, scope, code, canonical(heuristic), candidates, winners.get(posed))
     # A key is done when somebody won and nobody is left who was not tried.
     made.finished = made.won is not None and all(one.state in {"raced", "out"} for one in candidates.values())
     return made

@@ -149,7 +149,7 @@ class Tuner:
             if first and (state == "ready" or not self.compilers.pending):
                 _, _, candidate, entry = min(first, key=lambda place: place[:2])
                 candidate.state = "compiling"  # in flight
-                self.journal.start(entry.scope, entry.case.key, candidate.choice)
+                self.journal.start(entry.scope, entry.case.posed, candidate.choice)
                 candidate.attempts += 1
                 self.measurers.submit(
                     ("trial", entry, candidate), "trial", TRIAL, family=entry.family.name, case=entry.fields,
@@ -160,7 +160,7 @@ class Tuner:
     def tried_one(self, entry: Entry, candidate: Candidate, outcome: Outcome) -> None:
         """Take note of a trial."""
         if not outcome.begun:
-            self.journal.withdraw(entry.scope, entry.case.key, candidate.choice)
+            self.journal.withdraw(entry.scope, entry.case.posed, candidate.choice)
         self.came_up(outcome)
         value = outcome.value if outcome.status == "ok" else {}
         status = value.get("status", outcome.status)
@@ -169,7 +169,7 @@ class Tuner:
         if status in BROKEN and candidate.attempts >= ATTEMPTS:
             status = "poison"
         self.journal.finish(
-            entry.scope, entry.case.key, candidate.choice, status, worst=value.get("worst"), times=value.get("times"),
+            entry.scope, entry.case.posed, candidate.choice, status, worst=value.get("worst"), times=value.get("times"),
             note=note,
         )  # fmt: skip
         if status == "raced":

@@ -110,7 +110,7 @@ def test_another_programs_database_and_another_version_are_refused(tmp_path: Pat
         other.execute(f"PRAGMA application_id = {MAGIC}")
         other.execute("PRAGMA user_version = 99")
     other.close()
-    with pytest.raises(Unusable, match="must be a journal of version 1, got 99"):
+    with pytest.raises(Unusable, match="must be a journal of version 2, got 99"):
         Journal(path)
 
 

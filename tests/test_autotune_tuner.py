@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +126,25 @@ def test_a_winner_that_is_found_wrong_later_serves_no_longer(run: Callable[..., 
     condemn("TRUE")
     assert run("PLAIN").won == [None, None, None]
     assert table.read(kept)["rows"] == []
+
+
+def test_times_of_another_problem_are_none_of_this_one(
+    run: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def served() -> list[Any]:
+        (kept,) = (tmp_path / "results" / "tables").iterdir()
+        return [row["problem"]["size"] for row in table.read(kept)["rows"]]
+
+    run("PLAIN")
+    longer = replace(fake_kernels.case(), problem={"size": 32})
+    monkeypatch.setattr("longspan.cli.tune.launched", lambda *_: {"plain": [longer]})
+    done = run("PLAIN", model=Path("config.json"), context=32)
+    assert (done.won, done.found["compiled"], served()) == ([80], 0, [32, 16, 16])
+    with sqlite3.connect(place()) as journal:
+        assert journal.execute("SELECT count(*) FROM trial").fetchone() == (16,)  # four choices of four problems
+    journal.close()
+    run("PLAIN")
+    assert served() == [16, 16, 16]
 
 
 def test_a_choice_that_takes_its_worker_down_is_tried_again_once_and_then_never(run: Callable[..., Run]) -> None:
