@@ -1,5 +1,6 @@
 """The tables of `longspan tune`: the user's own, the one that was asked for, and two merged into one."""
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,9 @@ from .page import Refused, console
 
 def keep(export: Path | None, device: Device, entries: Sequence[Entry], journal: Journal, triton: str) -> None:
     """Write the user's table, and the one that was asked for."""
-    made, out = rows(entries, journal, triton), thrown_out(entries)
+    wrong = refuted(entries, journal)
+    made = [row for row in rows(entries, journal, triton) if place(row) not in wrong]
+    out = wrong | thrown_out(entries)
     paths = [folders.tables() / f"{device.slug}-triton-{minor(triton)}.json"]
     if export is not None:
         paths.append(file(export, device.slug))
@@ -37,8 +40,22 @@ def file(export: Path, slug: str) -> Path:
     return export if export.suffix == ".json" and not export.is_dir() else export / f"{slug}.json"
 
 
+def place(row: dict[str, Any]) -> tuple[str, ...]:
+    """Family, key, code and choice of a row."""
+    return *table.order(row), row["digest"], canonical(row["choice"])
+
+
+def refuted(entries: Sequence[Entry], journal: Journal) -> set[tuple[str, ...]]:
+    """Places of all that was ever found wrong, on whichever problem of its key."""
+    return {
+        (entry.family.name, canonical(json.loads(posed)["key"]), entry.digest, choice)
+        for scope, entry in {entry.scope: entry for entry in entries}.items()
+        for (posed, choice), tried in journal.trials(scope).items() if tried["status"] == "wrong"
+    }  # fmt: skip
+
+
 def thrown_out(entries: Sequence[Entry]) -> set[tuple[str, ...]]:
-    """Family, key, code and choice of all that must not serve, whenever it won."""
+    """Places of all that is out by now, whenever it won."""
     return {
         (entry.family.name, entry.case.name, entry.digest, name)
         for entry in entries for name, one in entry.candidates.items() if one.state == "out"
@@ -57,10 +74,7 @@ def known(path: Path, device: Device) -> list[dict[str, Any]]:
 def remaining(old: list[dict[str, Any]], made: list[dict[str, Any]], out: set[tuple[str, ...]]) -> list[dict[str, Any]]:
     """Return the rows that stay beside new ones: those of other keys whose choices are not out."""
     names = {table.order(row) for row in made}
-    return [
-        row for row in old
-        if table.order(row) not in names and (*table.order(row), row["digest"], canonical(row["choice"])) not in out
-    ]  # fmt: skip
+    return [row for row in old if table.order(row) not in names and place(row) not in out]
 
 
 @contextmanager

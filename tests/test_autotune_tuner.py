@@ -145,6 +145,15 @@ def test_times_of_another_problem_are_none_of_this_one(
     journal.close()
     run("PLAIN")
     assert served() == [16, 16, 16]
+    # Who was wrong on one problem of a key serves none of its launches.
+    with sqlite3.connect(place()) as journal:
+        changed = journal.execute(
+            "UPDATE trial SET status = 'wrong', worst = NULL WHERE choice LIKE '%80%' AND key LIKE '%\"size\":32%'"
+        )
+        assert changed.rowcount == 1
+    journal.close()
+    run("PLAIN")
+    assert served() == [16, 16]
 
 
 def test_a_choice_that_takes_its_worker_down_is_tried_again_once_and_then_never(run: Callable[..., Run]) -> None:
