@@ -1,0 +1,153 @@
+"""The command around the tuner: what it is asked for, and processes of its own that are killed, or meet each other."""
+
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from longspan.autotune import folders
+from longspan.cli.page import Refused
+from longspan.cli.tune import crew, seconds
+from longspan.cli.tune_lock import alone
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="sessions and limits of Linux")
+
+
+@pytest.mark.parametrize(("text", "meant"), [("90s", 90), ("5m", 300), ("1.5h", 5400), ("7", 7)])
+def test_budgets_are_read(text: str, meant: float) -> None:
+    assert seconds(text) == meant
+
+
+@pytest.mark.parametrize("text", ["", "m", "-3s", "five", "nan", "inf", "3d", "5ms", "1hm", "0s", "1_0"])
+def test_what_is_no_budget_is_refused(text: str) -> None:
+    with pytest.raises(Refused, match="budget must be a time"):
+        seconds(text)
+
+
+# What survives whom.
+
+MAIN = """
+import sys
+from longspan.cli import tune
+from longspan.cli.page import Refused
+tune.triton_version = lambda: "3.6.0"
+try:
+    code = tune.tune(tune.Asked(
+        sources=(sys.argv[1],), gate="fake_kernels:gate", clock="fake_kernels:Scripted",
+        compiler="fake_kernels:Compiler", as_json=True, budget=60.0, workers=1))
+except Refused as refusal:
+    print(refusal)
+    code = 2
+sys.exit(code)
+"""
+
+
+@pytest.fixture
+def started(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Start the command on fakes as a process of its own, which ends with the test."""
+    found = os.pathsep.join(str(Path(entry).resolve()) for entry in sys.path)
+    processes: list[subprocess.Popen[str]] = []
+
+    def start(source: str = "fake_kernels:SLOW") -> subprocess.Popen[str]:
+        processes.append(
+            subprocess.Popen(  # noqa: S603 - our own source
+                [sys.executable, "-c", MAIN, source], stdout=subprocess.PIPE, text=True,
+                env={**os.environ, "PYTHONPATH": found, folders.VARIABLE: str(tmp_path), "TMPDIR": str(tmp_path)},
+            )
+        )  # fmt: skip
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.wait()
+        assert process.stdout is not None
+        process.stdout.close()
+
+
+def trials(folder: Path) -> dict[str, int]:
+    """Count the trials of a journal by status."""
+    path = next(folder.glob("*.sqlite3"), None)
+    if path is None:
+        return {}
+    store = sqlite3.connect(path)
+    try:
+        return dict(store.execute("SELECT status, count(*) FROM trial GROUP BY 1").fetchall())
+    except sqlite3.OperationalError:  # its tables are not there yet
+        return {}
+    finally:
+        store.close()
+
+
+def test_a_tuner_that_is_killed_loses_at_most_the_choice_in_flight(
+    tmp_path: Path, started: Callable[..., subprocess.Popen[str]]
+) -> None:
+    before = 0
+    for _ in range(3):
+        process = started()
+        end = time.monotonic() + 60
+        while trials(tmp_path).get("raced", 0) < before + 2 and process.poll() is None:
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        counted = trials(tmp_path)
+        assert counted["raced"] >= before + 2
+        assert set(counted) <= {"raced", "started"}
+        assert counted.get("started", 0) <= 1
+        before = counted["raced"]
+    process = started()
+    out, _ = process.communicate(timeout=60)
+    (key,) = json.loads(out)["keys"]
+    assert (key["raced"], key["choice"]["cost"]) == (12, 10)
+
+
+def test_a_gpu_is_locked_for_everybody_and_its_kind_in_one_journal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv(folders.VARIABLE, str(tmp_path / "mine"))
+    with alone("GPU-1", "kind"):
+        with pytest.raises(Refused, match="on a GPU of this kind"), alone("GPU-2", "kind"):
+            pass
+        with alone("GPU-2", "another kind"):
+            pass
+        monkeypatch.setenv(folders.VARIABLE, str(tmp_path / "yours"))
+        with pytest.raises(Refused, match="on this GPU"), alone("GPU-1", "kind"):
+            pass
+    with alone("GPU-1", "kind"):  # free again
+        pass
+
+
+@pytest.mark.parametrize(
+    ("cores", "memory", "alone", "count"),
+    [(1, None, False, 1), (2, None, False, 2), (4, None, False, 3), (16, None, False, 14), (16, None, True, 15),
+     (16, 5 << 30, False, 5), (16, 1 << 20, False, 1), (384, 1 << 40, False, 64)],
+)  # fmt: skip
+def test_compile_workers_are_as_many_as_cores_and_memory_bear(
+    cores: int, memory: int | None, alone: bool, count: int
+) -> None:
+    assert crew(cores, memory, alone=alone) == count
+
+
+def test_a_second_tuner_of_a_gpu_is_refused(tmp_path: Path, started: Callable[..., subprocess.Popen[str]]) -> None:
+    first = started("fake_kernels:HANGING")
+    end = time.monotonic() + 60
+    while not trials(tmp_path).get("raced"):
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    out, _ = (second := started()).communicate(timeout=60)
+    assert second.returncode == 2
+    assert "another tuner measures on a GPU of this kind" in out
+    first.kill()
+    first.communicate()
+    out, _ = started("fake_kernels:PLAIN").communicate(timeout=60)  # the lock died with its holder
+    assert json.loads(out)["ok"]
