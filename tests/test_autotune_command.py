@@ -10,15 +10,25 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from tuned_runs import Run, running
 
-from longspan.autotune import folders
+from longspan.autotune import folders, table
+from longspan.autotune.journal import place
 from longspan.cli.page import Refused
 from longspan.cli.tune import crew, seconds
 from longspan.cli.tune_lock import alone
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="sessions and limits of Linux")
+
+
+@pytest.fixture
+def run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Callable[..., Run]]:
+    yield from running(tmp_path, monkeypatch, capsys)
 
 
 @pytest.mark.parametrize(("text", "meant"), [("90s", 90), ("5m", 300), ("1.5h", 5400), ("7", 7)])
@@ -30,6 +40,54 @@ def test_budgets_are_read(text: str, meant: float) -> None:
 def test_what_is_no_budget_is_refused(text: str) -> None:
     with pytest.raises(Refused, match="budget must be a time"):
         seconds(text)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"kernels": ("nobody",)}, "kernel must be one of plain"),
+        ({"arch": "sm_90"}, "--compile-only"),
+        ({"arch": "sm_1", "compile_only": True}, "arch must be one of sm_80"),
+        ({"clock": "longspan.autotune.clock:Wall"}, "only interpreted"),
+        ({"clock": "no_such_module:Clock"}, "nothing can be measured here"),
+        ({"png": Path("gains.gif")}, "ends in .png"),
+        ({"png": Path("no such folder") / "gains.png"}, "a folder that exists"),
+        ({"sources": ("fake_kernels:NOTHING",)}, "nothing to tune"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_a_sentence(run: Callable[..., Run], settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(Refused, match=said):
+        run("PLAIN", **settings)
+
+
+def test_a_user_without_a_home_is_told_what_to_set(run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless(*_: object, **__: object) -> Path:
+        msg = "could not determine the home directory"
+        raise RuntimeError(msg)
+
+    monkeypatch.delenv(folders.VARIABLE)
+    monkeypatch.setattr("platformdirs.user_cache_path", homeless)
+    with pytest.raises(Refused, match=folders.VARIABLE):
+        run("PLAIN")
+
+
+def test_a_damaged_journal_is_named_and_tables_go_on_serving(run: Callable[..., Run], tmp_path: Path) -> None:
+    run("PLAIN")
+    place().write_bytes(b"no journal" * 1000)
+    with pytest.raises(Refused, match="move it away to start anew"):
+        run("PLAIN")
+    (kept,) = (tmp_path / "results" / "tables").iterdir()
+    assert len(table.read(kept)["rows"]) == 3
+
+
+@pytest.mark.parametrize("folder", ["/proc/self", "a file"])
+def test_a_folder_that_cannot_be_written_to_is_named(
+    run: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str
+) -> None:
+    (tmp_path / "a file").write_text("")
+    monkeypatch.setenv(folders.VARIABLE, folder if folder.startswith("/") else str(tmp_path / folder))
+    with pytest.raises(Refused, match=folders.VARIABLE):
+        run("PLAIN")
 
 
 # What survives whom.

@@ -1,73 +1,37 @@
 """A run of the tuner: who wins, who never does, and what survives whom. Kernels are those of `fake_kernels`."""
 
-import json
 import sqlite3
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import fake_kernels
 import pytest
+from tuned_runs import Run, running
 
-from longspan.autotune import digest, folders, forget, table
+from longspan.autotune import digest, folders, table
 from longspan.autotune.journal import place
 from longspan.autotune.pool import Pool, Process
 from longspan.cli.page import Refused, console
-from longspan.cli.tune import Asked, merge, tune
+from longspan.cli.tune import merge
 from longspan.cli.tune_page import conclude_measured
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="sessions and limits of Linux")
-FAKES: dict[str, Any] = {
-    "gate": "fake_kernels:gate", "clock": "fake_kernels:Scripted", "compiler": "fake_kernels:Compiler",
-    "as_json": True, "budget": 60.0, "workers": 2,
-}  # fmt: skip
-
-
-@dataclass
-class Run:
-    """What a run said: its exit code, its report, and the report's keys and faults by choice."""
-
-    code: int
-    found: dict[str, Any]
-
-    @property
-    def won(self) -> list[Any]:
-        """The winning cost of every key."""
-        return [None if key["choice"] is None else key["choice"]["cost"] for key in self.found["keys"]]
-
-    @property
-    def faults(self) -> list[tuple[str, str]]:
-        """Way or compilation, and status, of every fault."""
-        faults = self.found["faults"]
-        return [(one["choice"].get("compile", one["choice"]["way"]), one["status"]) for one in faults]
-
-
-def gone(pool: Pool) -> None:
-    """Take a pool's workers and whatever new ones would be made of."""
-    pool.close()
-    pool.servant = "no_such_module:Measurer"
 
 
 @pytest.fixture
 def run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Iterator[Callable[..., Run]]:
-    """Run the command on fakes; results go to a folder of the test's own."""
-    monkeypatch.setenv(folders.VARIABLE, str(tmp_path / "results"))
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # the card of the fakes is everybody's
-    monkeypatch.setattr(folders, "SHIPPED", tmp_path / "shipped")
-    monkeypatch.setattr("longspan.cli.tune.triton_version", lambda: "3.6.0")
-    forget()
+    yield from running(tmp_path, monkeypatch, capsys)
 
-    def once(name: str, **settings: Any) -> Run:
-        code = tune(Asked(**{**FAKES, "sources": (f"fake_kernels:{name}",), **settings}))
-        return Run(code, json.loads(capsys.readouterr().out))
 
-    yield once
-    forget()
+def gone(pool: Pool) -> None:
+    """Take a pool's workers and whatever new ones would be made of."""
+    pool.close()
+    pool.servant = "no_such_module:Measurer"
 
 
 def test_the_fastest_choice_wins_every_key_and_is_kept(run: Callable[..., Run], tmp_path: Path) -> None:
@@ -282,51 +246,3 @@ def test_tables_are_exported_and_merged(
     assert written.name == "sm_90-132sm-50mb-227kb.json"
     with pytest.raises(Refused, match="cannot be read"):
         merge(tmp_path / "a.json", tmp_path / "none.json", None)
-
-
-@pytest.mark.parametrize(
-    ("settings", "said"),
-    [
-        ({"kernels": ("nobody",)}, "kernel must be one of plain"),
-        ({"arch": "sm_90"}, "--compile-only"),
-        ({"arch": "sm_1", "compile_only": True}, "arch must be one of sm_80"),
-        ({"clock": "longspan.autotune.clock:Wall"}, "only interpreted"),
-        ({"clock": "no_such_module:Clock"}, "nothing can be measured here"),
-        ({"png": Path("gains.gif")}, "ends in .png"),
-        ({"png": Path("no such folder") / "gains.png"}, "a folder that exists"),
-        ({"sources": ("fake_kernels:NOTHING",)}, "nothing to tune"),
-    ],
-)
-def test_what_cannot_be_is_refused_in_a_sentence(run: Callable[..., Run], settings: dict[str, Any], said: str) -> None:
-    with pytest.raises(Refused, match=said):
-        run("PLAIN", **settings)
-
-
-def test_a_user_without_a_home_is_told_what_to_set(run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
-    def homeless(*_: object, **__: object) -> Path:
-        msg = "could not determine the home directory"
-        raise RuntimeError(msg)
-
-    monkeypatch.delenv(folders.VARIABLE)
-    monkeypatch.setattr("platformdirs.user_cache_path", homeless)
-    with pytest.raises(Refused, match=folders.VARIABLE):
-        run("PLAIN")
-
-
-def test_a_damaged_journal_is_named_and_tables_go_on_serving(run: Callable[..., Run], tmp_path: Path) -> None:
-    run("PLAIN")
-    place().write_bytes(b"no journal" * 1000)
-    with pytest.raises(Refused, match="move it away to start anew"):
-        run("PLAIN")
-    (kept,) = (tmp_path / "results" / "tables").iterdir()
-    assert len(table.read(kept)["rows"]) == 3
-
-
-@pytest.mark.parametrize("folder", ["/proc/self", "a file"])
-def test_a_folder_that_cannot_be_written_to_is_named(
-    run: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str
-) -> None:
-    (tmp_path / "a file").write_text("")
-    monkeypatch.setenv(folders.VARIABLE, folder if folder.startswith("/") else str(tmp_path / folder))
-    with pytest.raises(Refused, match=folders.VARIABLE):
-        run("PLAIN")
