@@ -20,12 +20,11 @@ from . import decode
 from .function import attend, launch_call, revealed
 from .launch import INTERPRETED, Again, Call
 from .lowering import lower
-from .plan import Sightings, memory, recall, remember
-from .rope import serve
+from .plan import Sightings, layout, memory, recall, remember
+from .rope import DTYPES, serve
 from .rope_function import watched
 from .rope_kernel import on
 
-DTYPES: Final = (torch.float16, torch.bfloat16, torch.float32)
 OFFSETS: Final = (int, type(None))
 REPEATED: Final[dict[Any, Again]] = memory()  # what `asked` returns, to how it was launched
 SEEN: Final = Sightings()
@@ -118,11 +117,6 @@ def asked(
         q.device, k.device, v.device, mask.terms, scale, softcap, layout(sink), layout(alibi),
         q_offset, k_offset, out_dtype,
     )  # fmt: skip
-
-
-def layout(x: Tensor | None) -> Hashable:
-    """All of a tensor but its contents and its address."""
-    return None if x is None else (x.shape, x.stride(), x.dtype, x.device)
 
 
 def declines_attention(

@@ -16,22 +16,22 @@ from longspan.spec.checks import check_attention, check_lengths, check_pages, ch
 from longspan.spec.masks import Causal, Chunks, Mask, Prefix, Window, check_join, check_mask, documents, everything
 from longspan.spec.paged import gather
 
-from .attention import DTYPES, LONGEST, contiguous, layout, one_batch
+from .attention import LONGEST, contiguous, one_batch
 from .decode import WIDEST, alike, fits, merge_flags, pieces
 from .decode_choices import PagedChoice, choose_paged, paged_key
 from .fitting import fitting
 from .function import revealed
 from .launch import INTERPRETED, Call, describable, describe, padded, quiet
+from .lowering import FARTHEST
 from .paged_kernel import paged_kernel, paged_merge_kernel
-from .plan import Bound, Sightings, memory, recall, remember
-from .rope import serve
+from .plan import Bound, Sightings, layout, memory, recall, remember
+from .rope import DTYPES, serve
 from .rope_function import PLAIN, transformed, watched
 from .rope_kernel import on
 
 REPEATED: Final[dict[Any, "Repeated"]] = memory()  # what `asked` returns, to how it was launched
 SEEN: Final = Sightings()
 SEQUENCES: Final = 2**16  # every program holds the lengths of all
-FARTHEST: Final = 2**30  # tokens: positions and their differences stay inside int32
 
 
 class Sight(NamedTuple):

@@ -109,6 +109,11 @@ def hooked() -> bool:
     )
 
 
+def layout(x: Tensor | None) -> Hashable:
+    """All of a tensor but its contents and its address: what keys of remembered launches hold."""
+    return None if x is None else (x.shape, x.stride(), x.dtype, x.device)
+
+
 class Planned:
     """A kernel, launched as triton launches it, ``kernel[grid](*args, **flags)``, from plans.
 

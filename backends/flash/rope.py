@@ -16,7 +16,7 @@ from longspan.spec.checks import check_rerotate, check_rotate
 from longspan.spec.pairing import Pairing
 
 from ..registry import Unsupported
-from .plan import Bound, Sightings, memory, recall, remember
+from .plan import Bound, Sightings, layout, memory, recall, remember
 from .rope_function import transformed, turn_, turn_out, turned, watched
 from .rope_kernel import INTERPRETED, on
 
@@ -77,11 +77,6 @@ def asked(position: Tensor, rotation: Rotation, pairing: Pairing, *x: Tensor) ->
         pairing, layout(position), layout(inv_freq), layout(factor) if rows else factor,
         layout(axis) if axes else None, *map(layout, x),
     )  # fmt: skip
-
-
-def layout(x: Tensor) -> Hashable:
-    """All of a tensor but its contents and its address."""
-    return x.shape, x.stride(), x.dtype, x.device
 
 
 class Repeated(NamedTuple):

@@ -17,7 +17,7 @@ from longspan.spec.checks import check_attention, check_lengths, check_pages, ch
 from longspan.spec.masks import Mask, documents, everything
 
 from ..flash import decode
-from ..flash.attention import asked, contiguous
+from ..flash.attention import asked, contiguous, one_batch
 from ..flash.function import revealed
 from ..flash.launch import Again
 from ..flash.lowering import lower
@@ -254,8 +254,3 @@ def serve(reason: str | None) -> None:
     """Raise `Unsupported` where there is a reason to."""
     if reason is not None:
         raise Unsupported(reason, alternatives=("flash", "eager"))
-
-
-def one_batch(x: Tensor) -> Tensor:
-    """See ragged tokens as one sequence, without a copy."""
-    return rearrange(x, "tokens heads d -> 1 heads tokens d")
