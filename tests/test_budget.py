@@ -78,6 +78,17 @@ def test_correct_flash_gradients_are_accepted(case: str, dtype: str, seed: int) 
         assert worst(name, gradient, bound[name]) <= 1
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_an_out_too_small_to_be_held_is_accepted(seed: int) -> None:
+    """A sink of 15 leaves float16 an out of a few subnormal steps: delta inherits their rounding."""
+    of = Attention(h=2, g=2, m=1, n=1, d=64, e=64, dtype="float16", seed=seed).inputs()
+    sink = torch.full((2,), 15.0)
+    bound = attention_bounds(*of.arguments, **{**of.options, "sink": sink}, d_out=of.d_out)
+    delta = (bound["out"].truth.half().double() * of.d_out.double()).sum(-1)
+    share = (sink[:, None] - bound["lse"].truth).exp()
+    assert worst("dsink", -(share * delta).sum((0, 2)), bound["dsink"]) <= 1
+
+
 def test_weights_rounded_coarser_than_the_inputs_are_rejected() -> None:
     of = Attention(m=64, n=256, dtype="float32").inputs()
     bound = attention_bounds(*of.arguments, **of.options)

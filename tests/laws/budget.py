@@ -96,6 +96,7 @@ class Forward(NamedTuple):
     eps: float
     fine: float
     tiny: float
+    out_tiny: float  # how far an element of out may be off by underflow
 
 
 def attention_bounds(
@@ -148,11 +149,11 @@ def attention_bounds(
         slope=factor * (torch.ones_like(capped) if softcap is None else 1 - (capped / softcap) ** 2),
         slope_off=abs(factor) * (0.0 * capped if softcap is None else 2 * fine * (size + softcap) / softcap),
         shown=(~hidden).double().expand_as(capped), u=eps + lse_off, lse_off=lse_off,
-        eps=eps, fine=fine, tiny=smallest(q.dtype),
+        eps=eps, fine=fine, tiny=smallest(q.dtype), out_tiny=smallest(out_dtype or q.dtype),
     )  # fmt: skip
     off = root(seen_by.u, seen_by.p, v64, "b g r m n, b g n e -> b g r m e") + column(seen_by.u) * seen_by.out.abs()
     lost = seen_by.tiny * einsum(seen_by.shown, v64**2, "b g r m n, b g n e -> b g r m e").sqrt()
-    lost = lost + smallest(out_dtype or q.dtype)
+    lost = lost + seen_by.out_tiny
     result = {"out": Bound(truth.out, 2 * flat(off + lost)), "lse": Bound(truth.lse, 2 * flat(lse_off))}
     if d_out is None:
         return result
@@ -171,9 +172,10 @@ def gradient_bounds(of: Forward, d_out: Tensor, d_lse: Tensor, sink: Tensor | No
     p_slope = of.p * of.slope
     gap = einsum(d_out, of.v, "b g r m e, b g n e -> b g r m n") - column(delta)
     d_capped = of.p * gap
-    # Delta is off by the rounding of O, by its own sum, and by the weights that made O.
+    # Delta is off by the rounding of O, by its own sum, by the weights that made O, and by underflow of O.
     delta_off = of.eps * (product**2).sum(-1).sqrt() + of.fine * (product.abs().sum(-1) + d_lse.abs())
     delta_off = delta_off + of.u * (d_capped**2).sum(-1).sqrt() + of.lse_off * product.sum(-1).abs()
+    delta_off = delta_off + of.out_tiny * (d_out**2).sum(-1).sqrt()
     d_score = d_capped * of.slope
     reach = einsum(d_out.abs(), of.v.abs(), "b g r m e, b g n e -> b g r m n")
     d_score_off = column(of.u) * d_score.abs() + d_capped.abs() * of.slope_off + of.fine * p_slope.abs() * reach
