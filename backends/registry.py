@@ -11,9 +11,8 @@ from typing import Any, Final, Protocol, cast, runtime_checkable
 
 from longspan.spec import AttentionState
 
-# The order in which `auto` asks: fastest first, but hopper, which is faster than flash where it serves, behind it until
-# its kernels as they are now have passed the laws on a GPU.
-NAMES: Final = ("flash", "hopper", "sdpa", "eager")
+# The order in which `auto` asks: fastest first.
+NAMES: Final = ("hopper", "flash", "sdpa", "eager")
 
 # Packages that a backend imports beyond what longspan itself requires everywhere.
 NEEDS: Final[dict[str, tuple[str, ...]]] = {"hopper": ("triton",), "flash": ("triton",)}
