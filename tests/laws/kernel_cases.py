@@ -28,6 +28,11 @@ def normal(*shape: int, dtype: torch.dtype, device: torch.device | str, inside: 
     return torch.randn(b, tokens, heads, d, generator=draw).to(dtype).to(device).transpose(1, 2)
 
 
+def interpreted(backend: Any) -> bool:
+    """Whether a backend's kernels run as Python, on problems that must then be small."""
+    return getattr(backend, "INTERPRETED", False)
+
+
 def packed(tokens: int, device: torch.device | str) -> Mask:
     """Two documents, neither of which has as many queries as keys, and tokens that belong to none."""
     q_lengths, k_lengths = ((tokens // 2 + more, tokens // 2 - 2) for more in (-5, 2))
@@ -35,21 +40,26 @@ def packed(tokens: int, device: torch.device | str) -> Mask:
     return masks.documents(*both) & masks.causal() & masks.window(7, keep_first=3)
 
 
-def attention(d: int, e: int, dtype: torch.dtype, *, rich: bool = False) -> Case:
-    """Prepare causal attention and its gradient; rich is packed, has every option, and a gradient of lse."""
+def attention(
+    d: int, e: int, dtype: torch.dtype, *, tokens: int = 130, rich: bool = False, deterministic: bool = False
+) -> Case:
+    """Prepare causal attention and its gradient; rich is packed, has every option, and a gradient of lse.
+
+    By default there are more tokens than a tile has, so that the last one is cut.
+    """
 
     def prepare(flash: Any, device: torch.device | str) -> Callable[[], list[Tensor]]:
-        tokens = 40 if flash.INTERPRETED else 130  # more than a tile, the last one cut
-        mask = packed(tokens, device) if rich else masks.causal()
-        groups = 1 if flash.INTERPRETED else 2
+        count, groups = (40, 1) if interpreted(flash) else (tokens, 2)
+        mask = packed(count, device) if rich else masks.causal()
         heads = 2 * groups
         shapes = ((heads, d), (groups, d), (groups, e))
-        q, k, v = (normal(2, h, tokens, w, dtype=dtype, device=device).requires_grad_() for h, w in shapes)
-        leaves, options = [q, k, v], {}
+        q, k, v = (normal(2, h, count, w, dtype=dtype, device=device).requires_grad_() for h, w in shapes)
+        leaves: list[Tensor] = [q, k, v]
+        options: dict[str, Any] = {"deterministic": deterministic}
         if rich:
             sink, alibi = (torch.linspace(-1, 1, heads, device=device), torch.full((heads,), 0.1, device=device))
             leaves.append(sink.requires_grad_())
-            options = {"sink": sink, "alibi": alibi, "softcap": 5.0, "scale": -0.2}
+            options |= {"sink": sink, "alibi": alibi, "softcap": 5.0, "scale": -0.2}
 
         def run() -> list[Tensor]:
             state = flash.attention(q, k, v, mask=mask, **options)
@@ -66,7 +76,7 @@ def decode(d: int, e: int, dtype: torch.dtype, m: int, n: int, *, rich: bool = F
     """Prepare a few queries against a long cache."""
 
     def prepare(flash: Any, device: torch.device | str) -> Callable[[], list[Tensor]]:
-        keys = n // 8 if flash.INTERPRETED else n
+        keys = n // 8 if interpreted(flash) else n
         q, k, v = (
             normal(2, h, t, w, dtype=dtype, device=device, inside=False)
             for h, t, w in ((8, m, d), (2, keys, d), (2, keys, e))
