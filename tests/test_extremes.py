@@ -1,4 +1,4 @@
-"""`flash` where indices overflow: tensors of more than 2^31 elements, and a million tokens, exact on sampled rows.
+"""Where indices overflow: tensors of more than 2^31 elements, and a million tokens, exact on sampled rows.
 
 A row costs O(n) to check in float64. Where the gradient of out is zero but on sampled rows, these are all that the
 gradients of the keys know, so that they are exact over every key.
@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from longspan import spec
+from longspan import backends, spec
 from longspan.backends import flash
 from longspan.laws.budget import attention_bounds, worst
 from longspan.laws.rotation import bound
@@ -21,6 +21,8 @@ GIB = 2**30
 MEMORY = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
 pytestmark = pytest.mark.skipif(MEMORY < 60 * GIB, reason="needs a GPU with 60 GB of memory")
 BRAIN = torch.bfloat16
+NAMES = [name for name in ("hopper", "flash") if name in backends.available()]
+every_backend = pytest.mark.parametrize("name", NAMES)
 TOKENS = 2**20 + 64  # of 16 heads of 128 coordinates: 131072 elements beyond 2^31
 
 
@@ -48,11 +50,13 @@ def assert_exact(found: dict[str, Tensor], bounds: dict) -> None:
         assert worst(name, x, bounds[name]) <= 1
 
 
-def test_attention_beyond_32_bits_is_exact_forward_and_backward() -> None:
+@every_backend
+def test_attention_beyond_32_bits_is_exact_forward_and_backward(name: str) -> None:
+    backend = backends.load(name)
     q, k, v = drawn(1, 16, TOKENS, 128), swapped(1, 16, TOKENS, 128), swapped(1, 16, TOKENS, 128)
     assert q.numel() > 2**31
     leaves = [x.requires_grad_() for x in (q, k, v)]
-    state = flash.attention(q, k, v, mask=masks.causal() & masks.window(300))
+    state = backend.attention(q, k, v, mask=masks.causal() & masks.window(300))
     samples = {0: [0, 1, 500], 15: [2**20 - 1, 2**20, TOKENS - 2, TOKENS - 1]}  # head: rows
     d_out = torch.zeros_like(state.out)
     for head, rows in samples.items():
@@ -79,11 +83,13 @@ def test_attention_beyond_32_bits_is_exact_forward_and_backward() -> None:
         assert dq[:, 15, : 2**20 - 1].count_nonzero() == 0
 
 
-def test_a_million_causal_tokens_in_one_call_are_exact_forward_and_backward() -> None:
+@every_backend
+def test_a_million_causal_tokens_in_one_call_are_exact_forward_and_backward(name: str) -> None:
+    backend = backends.load(name)
     n = 2**20
     q, k, v = drawn(1, 2, n, 128), drawn(1, 1, n, 128), drawn(1, 1, n, 128)
     leaves = [x.requires_grad_() for x in (q, k, v)]
-    state = flash.attention(q, k, v, mask=masks.causal())
+    state = backend.attention(q, k, v, mask=masks.causal())
     rows = [0, 1, 4095, 65_536, 524_287, n - 2, n - 1]
     d_out = torch.zeros_like(state.out)
     d_out[:, :, rows] = drawn(1, 2, len(rows), 128)
@@ -95,18 +101,22 @@ def test_a_million_causal_tokens_in_one_call_are_exact_forward_and_backward() ->
         assert_exact(found, bounds)
 
 
-def test_one_query_of_two_million_keys_is_exact() -> None:
+@every_backend
+def test_one_query_of_two_million_keys_is_exact(name: str) -> None:
+    backend = backends.load(name)
     n = 2**21 + 64
     q, k, v = drawn(1, 16, 1, 128), drawn(1, 8, n, 128), swapped(1, 8, n, 128)
     assert k.numel() > 2**31
-    state = flash.attention(q, k, v, mask=masks.causal())
+    state = backend.attention(q, k, v, mask=masks.causal())
     for group in (0, 7):  # one head of keys at a time: in float64 the rest would not fit
         heads, key = slice(2 * group, 2 * group + 2), slice(group, group + 1)
         bounds = attention_bounds(q[:, heads], k[:, key], v[:, key])
         assert_exact({"out": state.out[:, heads], "lse": state.lse[:, heads]}, bounds)
 
 
-def test_pages_beyond_32_bits_are_read() -> None:
+@every_backend
+def test_pages_beyond_32_bits_are_read(name: str) -> None:
+    backend = backends.load(name)
     pages, page = 2**15 + 8, 64
     k_pages, v_pages = drawn(pages, 8, page, 128), drawn(pages, 8, page, 128)
     assert k_pages.numel() > 2**31
@@ -114,9 +124,9 @@ def test_pages_beyond_32_bits_are_read() -> None:
     table = torch.tensor([[pages - 1 - i for i in range(8)], [pages - 9, 3, pages - 10, *[2**31 - 1] * 5]])
     q, q_lengths = drawn(3, 16, 128), torch.tensor([2, 1])
     arguments = (q, q_lengths.cuda(), k_pages, v_pages, table.to("cuda", torch.int32), lengths.cuda())
-    if flash.declines("attention_paged", *arguments, mask=masks.causal()) is not None:
-        pytest.skip("flash does not serve pages")
-    state = flash.attention_paged(*arguments, mask=masks.causal())
+    if backend.declines("attention_paged", *arguments, mask=masks.causal()) is not None:
+        pytest.skip(f"{name} does not serve pages")
+    state = backend.attention_paged(*arguments, mask=masks.causal())
     for sequence, queries in enumerate((slice(0, 2), slice(2, 3))):
         length = int(lengths[sequence])
         places = table[sequence, : -(-length // page)].cuda()
