@@ -100,6 +100,7 @@ COUNTS = torch.tensor([2, 4])
 OLD, NEW = spec.scaling.none(8), spec.scaling.yarn(8, factor=4, original=16)
 MASK = spec.masks.causal() & spec.masks.window(3) & spec.masks.lengths(LENGTHS)
 STATE = spec.AttentionState(normal(2, 4, 3, 8), normal(2, 4, 3))
+QUANTISED = [spec.quantise(x, block=2) for x in (Q, K, V)]
 EXTRAS = {"sink": SINK, "alibi": SINK.abs(), "softcap": 5.0}
 
 # One call of every function of the specification that takes tensors, each with everything optional that is a tensor.
@@ -111,10 +112,14 @@ CALLS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
                {"position": POSITION[:3], "rotation": NEW}),
     "attention": ((Q, K, V), {"mask": MASK, "q_offset": LENGTHS, **EXTRAS}),
     "attention_paged": ((FLAT_Q, COUNTS, PAGES, PAGES, torch.tensor([[0, 3], [2, -1]]), torch.tensor([6, 4])), EXTRAS),
+    "attention_quantised": (tuple(QUANTISED), {"mask": MASK, "q_offset": LENGTHS, **EXTRAS}),
     "attention_tiled": ((Q, K, V), {"mask": MASK, "tile_m": 2, "tile_n": 2, **EXTRAS}),
     "attention_varlen": ((FLAT_Q, FLAT_K, FLAT_V, COUNTS, torch.tensor([3, 7])), EXTRAS),
     "bounds": ((spec.masks.documents(LENGTHS, LENGTHS), 2, 8, 8), {}),
+    "dequantise": ((QUANTISED[0],), {}),
+    "hadamard": ((Q, spec.random_signs(8, 0)), {}),
     "merge": ((STATE, STATE), {}),
+    "quantise": ((K,), {"block": 2}),
     "rerotate": ((K, POSITION, OLD, NEW), {}),
     "rotate": ((K, POSITION, NEW), {"pairing": "interleaved"}),
     "rotate_qk": ((Q, K[:, :, :3], POSITION[:3], NEW), {}),
@@ -139,7 +144,7 @@ def tensors(value: object) -> Iterator[Tensor]:
 def takes_tensors(function: Callable[..., Any]) -> bool:
     """Whether a parameter of the function is a tensor, or is made of them."""
     annotations = str([parameter.annotation for parameter in inspect.signature(function).parameters.values()])
-    return any(word in annotations for word in ("Tensor", "Rotation", "AttentionState", "Bounds", "Mask"))
+    return any(word in annotations for word in ("Tensor", "Rotation", "AttentionState", "Bounds", "Mask", "Quantised"))
 
 
 def test_every_function_that_takes_tensors_is_called_here() -> None:
