@@ -1,4 +1,4 @@
-"""A small problem for every kernel of `flash`, in a plain and in a rich form: what is compiled, sanitised and captured.
+"""A small problem for every kernel of `flash` and of `hopper`, plain and rich: compiled, sanitised, captured.
 
 A case prepares its tensors on a device and returns the call, which can then be made any number of times. What it
 launches is found by `longspan.laws.kernels.launches`; tests fail by name for a kernel that no case launches.
@@ -207,3 +207,11 @@ LARGE: Final[dict[str, Case]] = {
     "attention, wide": attention(256, 256, BRAIN),
     "attention, float32": attention(192, 128, SINGLE),
 }
+# Those of `hopper`, whose kernels differ by the heads' width: forward, and a backward that repeats bitwise.
+HOPPER: Final[dict[str, Case]] = {
+    f"attention {d}/{e}, {'rich' if rich else 'plain'}": attention(d, e, BRAIN, rich=rich, deterministic=True)
+    for d, e in ((64, 64), (128, 128), (192, 128), (256, 256))
+    for rich in (False, True)
+}
+# Gradients of queries that are summed in whatever order they come, by kernels of their own.
+UNORDERED: Final[dict[str, Case]] = {f"attention {d}/{d}, in any order": attention(d, d, BRAIN) for d in (64, 128, 256)}

@@ -1,4 +1,4 @@
-"""The kernels of `flash`, found in its sources, and which of them a call launches.
+"""The kernels of `flash`, or of another backend, found in its sources, and which of them a call launches.
 
 Tests go by what is found here and keep no list of their own: a kernel that is added and not tested fails by name.
 """
@@ -14,19 +14,19 @@ from unittest.mock import patch
 FLASH: Final = "longspan.backends.flash"
 
 
-def folder() -> Path:
-    """Where the sources of `flash` lie."""
-    spec = find_spec(FLASH)
+def folder(package: str = FLASH) -> Path:
+    """Where the sources of a backend lie."""
+    spec = find_spec(package)
     if spec is None or spec.origin is None:
-        msg = f"{FLASH} has no sources here"
+        msg = f"{package} has no sources here"
         raise ImportError(msg)
     return Path(spec.origin).parent
 
 
-def kernels() -> dict[str, str]:
+def kernels(package: str = FLASH) -> dict[str, str]:
     """Module of every kernel: of each function that Triton compiles and whose name ends in ``_kernel``."""
     found = {}
-    for file in sorted(folder().glob("*.py")):
+    for file in sorted(folder(package).glob("*.py")):
         for node in ast.walk(ast.parse(file.read_text("utf-8"))):
             if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel"):
                 decorators = " ".join(ast.unparse(decorator) for decorator in node.decorator_list)
