@@ -68,14 +68,11 @@ FEATURES: Final[dict[str, Callable[[Any], str | None]]] = {
     "head dims above 256 of many queries": lambda of: None if wide(8)(of) else wide(65)(of),
     "value dims of their own": head(64, 40),
     "float32": lambda of: of.declines("attention", *heads()),
-    "few queries of 1024 keys and more": lambda of: of.declines(
-        "attention", heads(64, native(of), 1)[0], *heads(64, native(of), 1024)[1:]
-    ),
     "float64": lambda of: of.declines("attention", *heads(dtype=torch.float64)),
     "bfloat16": lambda of: of.declines("attention", *heads(dtype=torch.bfloat16)),
     "attention_paged": lambda of: of.declines(
-        "attention_paged", torch.randn(4, 2, 64, device=DEVICE), torch.tensor([4], device=DEVICE),
-        *(torch.randn(3, 2, 16, 64, device=DEVICE) for _ in range(2)),
+        "attention_paged", torch.randn(4, 2, 64, device=DEVICE).to(native(of)), torch.tensor([4], device=DEVICE),
+        *(torch.randn(3, 2, 16, 64, device=DEVICE).to(native(of)) for _ in range(2)),
         torch.tensor([[0, 1]], dtype=torch.int32, device=DEVICE), torch.tensor([20], dtype=torch.int32, device=DEVICE),
     ),
 }  # fmt: skip

@@ -17,7 +17,8 @@ from longspan.spec.checks import check_attention, check_lengths, check_ragged
 from longspan.spec.masks import Mask, documents, everything
 
 from . import decode
-from .function import attend, launch_call, revealed
+from .autograd import revealed
+from .function import attend, launch_call
 from .launch import INTERPRETED, Again, Call
 from .lowering import lower
 from .plan import Sightings, layout, memory, recall, remember

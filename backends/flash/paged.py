@@ -17,10 +17,10 @@ from longspan.spec.masks import Causal, Chunks, Mask, Prefix, Window, check_join
 from longspan.spec.paged import gather
 
 from .attention import LONGEST, contiguous, one_batch
+from .autograd import revealed
 from .decode import WIDEST, alike, fits, merge_flags, pieces
 from .decode_choices import PagedChoice, choose_paged, paged_key
 from .fitting import fitting
-from .function import revealed
 from .launch import INTERPRETED, Call, describable, describe, padded, quiet
 from .lowering import FARTHEST
 from .paged_kernel import paged_kernel, paged_merge_kernel

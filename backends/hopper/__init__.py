@@ -1,7 +1,8 @@
 """FlashAttention for sm_90, warp-specialised: Gluon kernels that feed the tensor cores through the bulk copy engine.
 
-Attention is this package's own. What only moves bytes (rotation, appending, merging, sinks added to a state) is at the
-memory's speed in `flash` already, and is exported from there as it is.
+Attention of many queries is this package's own. What only moves bytes is at the memory's speed in `flash` already,
+whose kernels serve here as well: rotation, appending, merging, sinks added to a state, and in fp16 and bf16 few queries
+of a long cache, and caches in pages.
 """
 
 from ..flash import add_sink, append_, merge, rerotate, rotate, rotate_, rotate_qk, rotate_qk_

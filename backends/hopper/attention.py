@@ -1,5 +1,7 @@
 """Attention of the backend `hopper`: what it serves, what it declines, and the way to the kernels.
 
+Few queries of a long cache, and caches in pages, are at the memory's speed in `flash` already, whose kernels split the
+keys over programs and load them by the same copy engine. They are this backend's own, too: it has no others for them.
 Shapes: b batch, h query heads, g key heads, m queries, n keys, d head dimension, e value dimension.
 """
 
@@ -13,25 +15,24 @@ from torch import Tensor
 
 from longspan.spec import AttentionState
 from longspan.spec.bounds import check_fit
-from longspan.spec.checks import check_attention, check_lengths, check_pages, check_ragged
+from longspan.spec.checks import check_attention, check_lengths, check_ragged
 from longspan.spec.masks import Mask, documents, everything
 
-from ..flash import decode
+from ..flash import decode, paged
 from ..flash.attention import asked, contiguous, one_batch
-from ..flash.function import revealed
+from ..flash.autograd import revealed
 from ..flash.launch import Again
 from ..flash.lowering import lower
 from ..flash.plan import Sightings, memory, recall, remember
-from ..flash.rope_function import transformed
+from ..flash.rope_function import PLAIN, transformed
 from ..flash.rope_kernel import on
 from ..registry import Unsupported
 from .function import attend, call_of, launch_call
-from .launch import LONGEST, declines_layout
+from .launch import LONGEST, declines_address, declines_shape
 
 DTYPES: Final = (torch.float16, torch.bfloat16)
 REPEATED: Final[dict[Any, Again]] = memory()  # what `asked` returns, to how it was launched
 SEEN: Final = Sightings()
-LONG: Final = 1024  # keys that one program reads slower than many
 OUT_DTYPES: Final = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -51,6 +52,8 @@ def attention(
     deterministic: bool = False,
 ) -> AttentionState:
     """Attend from every query to the keys that it sees; see `longspan.spec.attention`.
+
+    Few queries (`flash.decode.few`) have their keys split over programs, the group packed into the tile of queries.
 
     Args:
         q: ``[b, h, m, d]`` in fp16 or bf16; not copied, as k and v.
@@ -136,10 +139,8 @@ def declines_problem(
         return f"hopper.attention returns fp16, bf16 or fp32, got out_dtype {out_dtype}"
     if q.device.type != "cuda":
         return f"hopper.attention runs on a GPU, got tensors on {q.device}"
-    if decode.few(q, k, v) and k.shape[2] >= LONG:
-        return f"hopper.attention does not split keys over programs, which {q.shape[2]} queries need"
     reason = None if alibi is None else declines_alibi(alibi, q.shape[2], q_offset, k_offset)
-    return reason or declines_layout("q", q) or declines_layout("k", k) or declines_layout("v", v)
+    return reason or declines_heads(q, k, v, sink)
 
 
 def declines_alibi(alibi: Tensor, m: int, q_offset: int | Tensor | None, k_offset: int) -> str | None:
@@ -149,6 +150,25 @@ def declines_alibi(alibi: Tensor, m: int, q_offset: int | Tensor | None, k_offse
     if isinstance(q_offset, int) and abs(q_offset - k_offset) + m > LONGEST:
         return f"hopper.attention measures ALiBi's distances up to {LONGEST} tokens, got q_offset {q_offset}"
     return None
+
+
+def declines_heads(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None) -> str | None:
+    """Say why the kernels cannot read the heads, or None; those of few queries may be wider, and lie anywhere."""
+    few, widest = decode.few(q, k, v), decode.widest(q, k, v, sink)
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if (reason := declines_shape(name, x, widest)) is not None:
+            return reason
+        if few and x.stride(3) != 1 and x.numel():
+            return f"hopper.attention reads tensors whose last stride is 1, got strides {list(x.stride())} of {name}"
+        # Without memory to look at, `function.launch_forward` does, at the launch.
+        if not few and not unseen(x) and (reason := declines_address(name, x)) is not None:
+            return reason
+    return None
+
+
+def unseen(x: Tensor) -> bool:
+    """Whether a tensor has no memory, or none yet."""
+    return not x.numel() or torch.compiler.is_compiling() or type(x) not in PLAIN or transformed()
 
 
 def lowered(
@@ -230,24 +250,30 @@ def declines_attention_varlen(
 def attention_paged(
     q: Tensor, q_lengths: Tensor, k_pages: Tensor, v_pages: Tensor, table: Tensor, lengths: Tensor, **options: Any
 ) -> AttentionState:
-    """Decline: no kernel of this package reads block tables.
+    """Attend to the first ``lengths[b]`` keys of each sequence's pages, in fp16 or bf16; see `flash.attention_paged`.
 
     Raises:
         ValueError: For what means nothing, as the specification.
-        Unsupported: Always.
+        Unsupported: For what `declines_attention_paged` names.
     """
-    serve(declines_attention_paged(q, q_lengths, k_pages, v_pages, table, lengths, **options))
-    raise AssertionError
+    given = (q, q_lengths, k_pages, v_pages, table, lengths)
+    if q.dtype not in DTYPES:
+        serve(declines_attention_paged(*given, **options))
+    return paged.attention_paged(*given, **options)
 
 
 def declines_attention_paged(
-    q: Tensor, q_lengths: Tensor, k_pages: Tensor, v_pages: Tensor, table: Tensor, lengths: Tensor, **_: Any
-) -> str:
-    """Say why `attention_paged` raises `Unsupported`."""
-    check_ragged(q=q)
-    check_lengths(q_lengths=q_lengths, lengths=lengths)
-    check_pages(k_pages, v_pages, table, lengths)
-    return "hopper.attention_paged is not served: no kernel of this package reads block tables"
+    q: Tensor, q_lengths: Tensor, k_pages: Tensor, v_pages: Tensor, table: Tensor, lengths: Tensor, **options: Any
+) -> str | None:
+    """Say why `attention_paged` would raise `Unsupported`, or None.
+
+    Raises:
+        ValueError: For what means nothing, as the specification.
+    """
+    reason = paged.declines_attention_paged(q, q_lengths, k_pages, v_pages, table, lengths, **options)
+    if q.dtype not in DTYPES:
+        return f"hopper.attention_paged serves fp16 and bf16, which the tensor cores multiply, got {q.dtype}"
+    return reason
 
 
 def serve(reason: str | None) -> None:

@@ -3,14 +3,11 @@
 from dataclasses import dataclass
 from typing import Any, Final
 
-import torch
 from torch import Tensor
 
 from ..flash import launch as flash
-from ..flash.rope_function import PLAIN, transformed
 
 ALIGNED: Final = 16  # bytes: what the copy engine wants of addresses and strides
-WIDEST: Final = 256  # of a head, keys or values: a tile's rows are held whole
 LONGEST: Final = 2**30 - 1  # tokens: positions and their differences stay inside int32
 
 
@@ -30,15 +27,13 @@ def padded(width: int) -> int:
     return max(64, 1 << (width - 1).bit_length())
 
 
-def declines_layout(name: str, x: Tensor) -> str | None:
-    """Say why the copy engine cannot read a tensor, or None."""
-    if x.shape[3] % 8 or x.shape[3] > WIDEST:
-        return f"hopper.attention serves head dimensions in steps of 8 up to {WIDEST}, got {x.shape[3]} of {name}"
+def declines_shape(name: str, x: Tensor, widest: int) -> str | None:
+    """Say why the kernels do not hold the heads of a tensor, or count its tokens, or None."""
+    if x.shape[3] % 8 or x.shape[3] > widest:
+        return f"hopper.attention serves head dimensions in steps of 8 up to {widest}, got {x.shape[3]} of {name}"
     if x.shape[2] > LONGEST:
         return f"hopper.attention counts at most {LONGEST} tokens, got {x.shape[2]} of {name}"
-    if not x.numel() or torch.compiler.is_compiling() or type(x) not in PLAIN or transformed():
-        return None  # without memory to look at: `function.addressable` does, at the launch
-    return declines_address(name, x)
+    return None
 
 
 def declines_address(name: str, x: Tensor) -> str | None:
