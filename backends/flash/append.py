@@ -41,7 +41,10 @@ from .rope_kernel import (
 
 
 @planned
-@triton.jit(do_not_specialize_on_alignment=["slot", "position", "factor_rows", "axis"])
+@triton.jit(
+    do_not_specialize=["tokens", "slots", "size", "axes", "heads", "position_axis", "inv_freq_t", "factor_t"],
+    do_not_specialize_on_alignment=["slot", "position", "factor_rows", "axis"],
+)
 def append_kernel(
     k, v, k_cache, v_cache, slot, position, inv_freq, factor_rows, axis, factor, tokens, slots, size, axes, heads,
     k_t, k_h, v_t, v_h, k_row, k_head, k_column, v_row, v_head, v_column, slot_t,

@@ -33,7 +33,7 @@ def rows_of(place, stride):
 
 
 @planned
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "h", "m", "sink_b", "sink_h"])
 def merge_kernel(
     outs, lses, sink, out, lse, rows, h, m, out_strides, lse_strides, sink_b, sink_h, whole_strides,
     N: tl.constexpr, E: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,

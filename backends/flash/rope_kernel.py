@@ -175,7 +175,20 @@ def copy_heads(
 
 
 @planned
-@triton.jit(do_not_specialize_on_alignment=["position", "factor_rows", "axis"])
+@triton.jit(
+    do_not_specialize=[
+        "tokens",
+        "m",
+        "axes",
+        "q_heads",
+        "k_heads",
+        "position_axis",
+        "position_b",
+        "inv_freq_b",
+        "factor_b",
+    ],
+    do_not_specialize_on_alignment=["position", "factor_rows", "axis"],
+)
 def rotate_kernel(
     q, q_out, k, k_out, position, inv_freq, factor_rows, axis, factor, tokens, m, axes, q_heads, k_heads,
     q_b, q_h, q_m, q_out_b, q_out_h, q_out_m, k_b, k_h, k_m, k_out_b, k_out_h, k_out_m,
