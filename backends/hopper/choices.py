@@ -1,12 +1,15 @@
-"""What a kernel is compiled for: its tiles, chosen by the heads' width, and the features that a call asks for.
+"""What the forward kernel is compiled for: tiles, and the features that a call asks for.
 
-A documented heuristic. Nothing here is a measurement of the caller's machine.
+Tiles are those that were tuned on this GPU (`longspan.autotune`), and where nothing was, a documented heuristic's.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final, NamedTuple
 
 from torch import Tensor
+
+from longspan.autotune import Asked, Lookup, Values, checked
 
 from ..flash.lowering import all_seen
 from .gluon import gl
@@ -80,25 +83,75 @@ def widths(d: int, e: int) -> tuple[int, int]:
     return max(padded(d), padded(e)), max(padded(d), padded(e))
 
 
+class Key(NamedTuple):
+    """What tiles may depend on.
+
+    Attributes:
+        d: Head dimension in shared memory.
+        e: Value dimension there.
+        masked: Whether some query does not see some key.
+        rich: Whether scores need registers beyond an affine mask that leaves no key unseen.
+    """
+
+    d: int
+    e: int
+    masked: bool
+    rich: bool
+
+
+class Tiles(NamedTuple):
+    """How the work is cut up; see `Variant`."""
+
+    W: int
+    N: int
+    STAGES: int
+    REGISTERS: int
+    LOADER: int
+    HEADS: int
+
+
+def tiles_by_rule(key: Key) -> Tiles:
+    """Cut tiles by what fits the registers and the shared memory."""
+    warpgroups = 3 if key.d == 64 else 2
+    # Three warpgroups have 160 registers a thread: with more to do than a mask, half a tile's scores are what fits.
+    keys = 64 if key.d == 256 or (key.d == 64 and key.rich) else 128
+    stages = 2 if key.d > 64 else 3 * 128 // keys
+    return Tiles(warpgroups, keys, stages, 160 if warpgroups == 3 else 240, 32 if warpgroups == 3 else 24, 8)
+
+
+def asked(key: Key) -> Asked:
+    """Write a key as tables know it."""
+    return Asked("hopper.forward", "sm_90", key._asdict())
+
+
+def build(_: Key, values: Values) -> Tiles:
+    """Make tiles of a row's."""
+    made: Any = dict(checked(values, ("N",), ("W", "STAGES", "REGISTERS", "LOADER", "HEADS")))
+    return Tiles(**made)
+
+
+SOURCES: Final[Mapping[str, tuple[str, ...]]] = {
+    "hopper.forward": ("longspan.backends.hopper.forward_kernel:forward_kernel",)
+}
+TUNED: Final[Lookup[Key, Tiles]] = Lookup(asked, build, tiles_by_rule, SOURCES)
+
+
 def variant(call: Call, q: Tensor, k: Tensor, v: Tensor) -> Variant:
     """Choose how a call is computed."""
-    m, n, tall = q.shape[2], k.shape[2], 64
+    m, n = q.shape[2], k.shape[2]
     d, e = widths(q.shape[3], v.shape[3])
     low, high, stop, _, keep = call.interval
     mask = "rows" if call.rows is not None else "each" if call.sequences is not None else "affine"
-    warpgroups = 3 if d == 64 else 2
     dead = not all_seen(call.lowered, m, n)
     biased = call.alibi is not None or call.negative
-    # Three warpgroups have 160 registers a thread: with more to do than a mask, half a tile's scores are what fits.
-    rich = dead or mask == "rows" or biased or call.softcap is not None
-    keys = 64 if d == 256 or (d == 64 and rich) else 128
     everything = mask == "affine" and low <= 1 - m and high >= n and stop >= n
+    rich = dead or mask == "rows" or biased or call.softcap is not None
+    tiles = TUNED(Key(d, e, masked=not everything, rich=rich))
     # The widest are staged where the queries were, whose dtype that place has.
     staged = call.out_dtype.itemsize == 2 and (e < 256 or call.out_dtype == q.dtype)
     return Variant(
-        W=warpgroups, M=tall, N=keys, D=d, E=e, STAGES=2 if d > 64 else 3 * 128 // keys,
-        REGISTERS=160 if warpgroups == 3 else 240, LOADER=32 if warpgroups == 3 else 24, HEADS=8,
-        MASK="none" if everything and n % keys == 0 else mask,
+        **tiles._asdict(), M=64, D=d, E=e,
+        MASK="none" if everything and n % tiles.N == 0 else mask,
         LEFT=mask != "affine" or low > 1 - m, KEEP=keep > 0,
         DEAD=dead,
         SOFTCAP=call.softcap is not None, BIASED=biased,
