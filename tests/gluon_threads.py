@@ -213,7 +213,7 @@ def interpreted(kernels: Any, tiles: Any, machine: Machine) -> Iterator[Any]:
         "gl": language(machine), "mbarrier": barriers, "load_tile": load_tile, "store_tile": store_tile,
         "store_wait": lambda _: None, "fence_async_shared": lambda: None, "meet": lambda: None, "wait_for": wait_for,
         "warpgroup_mma": lambda a, b, acc, use_acc=True, is_async=True: Product(a, b, acc if use_acc else 0.0),  # noqa: ARG005
-        "LOG2_E": 1.4426950408889634, "LN_2": 0.6931471805599453,
+        "LOG2_E": 1.4426950408889634, "LN_2": 0.6931471805599453, "LOWEST": torch.finfo(torch.float32).min,
     }  # fmt: skip
     plain = {name: x.fn for name, x in vars(tiles).items() if hasattr(x, "fn")}
     own = {name: x.fn for name, x in vars(kernels).items() if hasattr(x, "fn") and name != "forward_kernel"}

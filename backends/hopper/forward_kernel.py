@@ -26,6 +26,7 @@ from .tiles import keys_of, place, within
 
 LOG2_E: gl.constexpr = gl.constexpr(1.4426950408889634)
 LN_2: gl.constexpr = gl.constexpr(0.6931471805599453)
+LOWEST: gl.constexpr = gl.constexpr(-3.4028234663852886e38)  # of float32: the peak of a row that has seen no key
 
 
 @gluon.jit
@@ -163,10 +164,11 @@ def skip(it, count, bars, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def weigh(s, peak, column, seen, factors, CUT: gl.constexpr, C: gl.constexpr):
+def weigh(s, peak, column, seen, factors, cut, C: gl.constexpr):
     """Turn ``q · k`` [M, N] into weights under the new peak of every row: ``(p, peak, rescale)``.
 
-    Only CUT tiles may hold keys that a row does not see.
+    Only ``cut`` tiles may hold keys that a row does not see. A peak is finite at all times, so that -inf less the peak
+    is -inf, and a weight of 0.
     """
     first, last, base, kept, stands, slope = seen
     scale, inner, outer = factors
@@ -183,27 +185,22 @@ def weigh(s, peak, column, seen, factors, CUT: gl.constexpr, C: gl.constexpr):
         if not C.SOFTCAP:
             s = s * scale
         s -= slope * gl.abs((stands[:, None] - lane).to(gl.float32) - j.to(gl.float32))
-    if CUT:
-        hidden = j >= last[:, None] - lane
-        if C.LEFT:
-            hidden = hidden | (j < first[:, None] - lane)
-        if C.KEEP:
-            hidden = hidden & ((j < base[:, None] - lane) | (j >= kept[:, None] - lane))
-        s = gl.where(hidden, float("-inf"), s)
+    if C.MASK != "none":  # noqa: SIM102 - known when it is compiled
+        if cut:
+            hidden = j >= last[:, None] - lane
+            if C.LEFT:
+                hidden = hidden | (j < first[:, None] - lane)
+            if C.KEEP:
+                hidden = hidden & ((j < base[:, None] - lane) | (j >= kept[:, None] - lane))
+            s = gl.where(hidden, float("-inf"), s)
     # A scale that is not negative commutes with the maximum and fuses with the subtraction.
     above = gl.max(s, axis=1)
     if not SCALED:
         above = above * scale
     above = gl.maximum(peak, above)
-    finite = above
-    if CUT:
-        # A row that has seen no key yet has no peak; any finite one will do.
-        finite = gl.where(above == float("-inf"), 0.0, above)
-    if SCALED:
-        p = gl.exp2(s - finite[:, None])
-    else:
-        p = gl.exp2(s * scale - finite[:, None])
-    return p, above, gl.exp2(peak - finite)
+    if not SCALED:
+        s = s * scale
+    return gl.exp2(s - above[:, None]), above, gl.exp2(peak - above)
 
 
 @gluon.jit
@@ -237,7 +234,7 @@ def clean(value, C: gl.constexpr):
 
 
 @gluon.jit
-def begin(it, column, query, keys, values, bars, seen, factors, CUT: gl.constexpr, C: gl.constexpr):
+def begin(it, column, query, keys, values, bars, seen, factors, C: gl.constexpr):
     """Weigh the first tile of keys: nothing to rescale, and no values of a tile before it."""
     _, _, k_full, k_empty, v_full, _, _, _ = bars
     M: gl.constexpr = C.M
@@ -249,9 +246,9 @@ def begin(it, column, query, keys, values, bars, seen, factors, CUT: gl.constexp
     s = warpgroup_mma(query, key, nothing, use_acc=False, is_async=True)
     s = wait_for(0, deps=(s,))
     mbarrier.arrive(k_empty.index(slot), count=1)
-    none = gl.full([M], float("-inf"), gl.float32, gl.SliceLayout(1, C.SCORES))
-    p, peak, _ = weigh(s, none, column, seen, factors, CUT, C)
-    if CUT and C.DEAD:
+    none = gl.full([M], LOWEST, gl.float32, gl.SliceLayout(1, C.SCORES))
+    p, peak, _ = weigh(s, none, column, seen, factors, True, C)
+    if C.DEAD:
         mbarrier.wait(v_full.index(slot), phase)
         clean(values.index(slot), C)
     return gl.convert_layout(p.to(query.dtype), gl.DotOperandLayout(0, C.OUT, 2)), partial_sums(p, C), peak
@@ -259,8 +256,7 @@ def begin(it, column, query, keys, values, bars, seen, factors, CUT: gl.constexp
 
 @gluon.jit
 def absorb(
-    acc, weight, sums, peak, it, column, query, keys, values, bars, seen, factors,
-    CUT: gl.constexpr, C: gl.constexpr,
+    acc, weight, sums, peak, it, column, query, keys, values, bars, seen, factors, cut, C: gl.constexpr
 ):  # fmt: skip
     """One step: scores of a tile of keys beside the values of the tile before it, then its weights."""
     _, _, k_full, k_empty, v_full, v_empty, _, _ = bars
@@ -276,16 +272,17 @@ def absorb(
     acc = warpgroup_mma(weight, values.index(slot_before).reshape([C.N, C.E]), acc, is_async=True)  # [M, E]
     s = wait_for(1, deps=(s,))
     mbarrier.arrive(k_empty.index(slot), count=1)
-    p, peak, rescale = weigh(s, peak, column, seen, factors, CUT, C)
+    p, peak, rescale = weigh(s, peak, column, seen, factors, cut, C)
     by_row = gl.convert_layout(rescale, gl.SliceLayout(1, C.SUMS), assert_trivial=True)
     sums = sums * by_row[:, None] + partial_sums(p, C)
     acc = wait_for(0, deps=(acc,))
     mbarrier.arrive(v_empty.index(slot_before), count=1)
     acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, C.OUT), assert_trivial=True)[:, None]
     weight = gl.convert_layout(p.to(query.dtype), gl.DotOperandLayout(0, C.OUT, 2))
-    if CUT and C.DEAD:
-        mbarrier.wait(v_full.index(slot), phase)
-        clean(values.index(slot), C)
+    if C.DEAD:  # noqa: SIM102 - known when it is compiled
+        if cut:
+            mbarrier.wait(v_full.index(slot), phase)
+            clean(values.index(slot), C)
     return acc, weight, sums, peak, it + 1
 
 
@@ -344,6 +341,7 @@ def log_sum(peak, sums, line, row, sizes, lse, sink, sinks, sink_b, C: gl.conste
     DOWN: gl.constexpr = gl.SliceLayout(1, C.SCORES)
     total = gl.convert_layout(gl.sum(sums, axis=1), DOWN, assert_trivial=True)
     # A sink is a key of value zero, seen by every row; a score of -inf is none.
+    peak = gl.where(total == 0.0, float("-inf"), peak)
     score = gl.load(sink + line // h * sink_b + line % h, mask=sinks > 0, other=float("-inf"))
     top = gl.maximum(peak, score * LOG2_E)
     finite = gl.where(top == float("-inf"), 0.0, top)
@@ -379,7 +377,7 @@ def write(acc, line, row, m, e, out, out_at, staging, C: gl.constexpr):
 
 
 @gluon.jit
-def consume(  # noqa: C901, PLR0915 - the schedule is one piece
+def consume(  # noqa: PLR0915 - the schedule is one piece
     w: gl.constexpr, out, out_at, lse, sink, alibi, rows, sequences, plan, queries, keys, values, outs, bars, mailbox,
     sizes, interval, factors, sinks, slopes, sink_b, alibi_b, total, e, C: gl.constexpr,
 ):  # fmt: skip
@@ -409,31 +407,20 @@ def consume(  # noqa: C901, PLR0915 - the schedule is one piece
 
         mbarrier.wait(q_full.index(w), parity)
         column = next_column(0, own_first, own_last, head_last, C)
-        weight, sums, peak = begin(it, column, query, keys, values, bars, seen, factors, MASKED, C)
+        weight, sums, peak = begin(it, column, query, keys, values, bars, seen, factors, C)
         acc = gl.zeros([M, E], gl.float32, C.OUT)
-        # Then the tiles that the mask cuts on the right, those seen whole, and those cut on the left.
-        right = 1
-        full = end
-        if MASKED:
-            right = max(own_last - full_last, 1)
-        if C.LEFT:
-            full = max(own_last - full_first, right)
-        for t in range(1, right):
+        # One loop, in which tiles that the mask cuts take a branch: weights that go from one loop to another would be
+        # unpacked and packed again in every step of both.
+        right = max(own_last - full_last, 1)
+        left = max(own_last - full_first, right)
+        for t in range(1, end):
             column = follow(column, t, own_first, own_last, head_last, C)
+            cut = t < right
+            if C.LEFT:
+                cut = cut | (t >= left)
             acc, weight, sums, peak, it = absorb(
-                acc, weight, sums, peak, it, column, query, keys, values, bars, seen, factors, MASKED, C
+                acc, weight, sums, peak, it, column, query, keys, values, bars, seen, factors, cut, C
             )
-        for _ in range(right, full):
-            column -= N
-            acc, weight, sums, peak, it = absorb(
-                acc, weight, sums, peak, it, column, query, keys, values, bars, seen, factors, False, C
-            )
-        if C.LEFT:
-            for t in range(full, end):
-                column = follow(column, t, own_first, own_last, head_last, C)
-                acc, weight, sums, peak, it = absorb(
-                    acc, weight, sums, peak, it, column, query, keys, values, bars, seen, factors, MASKED, C
-                )
         if not C.REUSE:
             mbarrier.arrive(q_empty.index(w), count=1)
         slot, phase = turn(it, C.STAGES)
