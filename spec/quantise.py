@@ -65,7 +65,8 @@ def quantise(x: Float[Tensor, "b h n d"], *, block: int | None = None) -> Quanti
     tiles = rearrange(whole, "b h (t size) d -> b h t size d", t=blocks, size=size)
     largest = tiles.abs().masked_fill(~tiles.isfinite(), 0.0).amax((3, 4))
     scale = (largest / LARGEST).clamp(min=LEAST).to(torch.float32)
-    return Quantised((x.to(floating(x)) / by_token(scale, x.shape[2], block)).to(E4M3), scale, block)
+    small = x.to(floating(x)) / by_token(scale, x.shape[2], block)
+    return Quantised(small.masked_fill(small.isinf(), torch.nan).to(E4M3), scale, block)
 
 
 def dequantise(x: Quantised, dtype: torch.dtype = torch.float64) -> Float[Tensor, "b h n d"]:
@@ -124,7 +125,7 @@ def attention_quantised(
 
 def blocks_of(n: int, block: int | None) -> tuple[int, int]:
     """Tokens of a block of n, and how many blocks there are."""
-    return (n, 1) if block is None else (block, -(-n // block))
+    return (max(n, 1), 1) if block is None else (block, -(-n // block))
 
 
 def by_token(scale: Float32[Tensor, "b h t"], n: int, block: int | None) -> Float32[Tensor, "b h n 1"]:
