@@ -48,6 +48,11 @@ class Case:
         return canonical(self.key)
 
     @property
+    def fields(self) -> dict[str, Any]:
+        """What it is made of, as workers take it."""
+        return {"key": dict(self.key), "problem": dict(self.problem), "variant": dict(self.variant)}
+
+    @property
     def posed(self) -> dict[str, Any]:
         """What was measured, as the journal knows it: times of a key's other problems are none of this one."""
         return {"key": dict(self.key), "problem": dict(self.problem)}
@@ -70,6 +75,8 @@ class Family:
         cost: A guess that orders choices, cheapest first. It never rejects one.
         sized: From the sizes of a model's layer (heads, groups, head_dim, value_dim, itemsize, causal) and an
             architecture to the cases that it launches; none of a kernel that it does not.
+        relatives: From a case and an architecture to cases of the same key that compile other code. A winner that is
+            not the heuristic must pass the gate on these, too.
     """
 
     name: str
@@ -82,6 +89,7 @@ class Family:
     prepare: Callable[[Case, str, bool], Callable[[], Any]]
     cost: Callable[[Case, Values, str], float] = field(default=lambda case, choice, arch: 0.0)  # noqa: ARG005
     sized: Callable[[Values, str], Sequence[Case]] = field(default=lambda sizes, arch: ())  # noqa: ARG005
+    relatives: Callable[[Case, str], Sequence[Case]] = field(default=lambda case, arch: ())  # noqa: ARG005
 
 
 def imported(name: str) -> Any:

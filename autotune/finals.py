@@ -51,7 +51,9 @@ class Finals:
             if not rounds:
                 break
             result = decide(rounds, entry.heuristic, lambda name: weight(entry.candidates[name]))
-            verdict = self.ask(entry, "confirm", CONFIRM, choice=dict(entry.candidates[result.winner].choice))
+            others = [] if result.winner == entry.heuristic else [case.fields for case in entry.relatives]
+            choice = dict(entry.candidates[result.winner].choice)
+            verdict = self.ask(entry, "confirm", CONFIRM, choice=choice, relatives=others)
             value = verdict.value if verdict.status == "ok" else {}
             if value.get("status") == "verified":
                 self.crown(entry, rounds, result, value)

@@ -8,7 +8,7 @@ import copy
 import os
 import statistics
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any, Concatenate, Final, ParamSpec, TypeVar
 
@@ -111,12 +111,23 @@ class Measurer:
         return times
 
     @alive
-    def confirm(self, family: str, case: dict[str, Any], choice: dict[str, Any]) -> dict[str, Any]:
-        """Verify a winner on the problem that it was tuned for, and see that it repeats bit by bit."""
+    def confirm(
+        self, family: str, case: dict[str, Any], choice: dict[str, Any], relatives: Sequence[dict[str, Any]] = ()
+    ) -> dict[str, Any]:
+        """Verify a winner on the problem that it was tuned for, and see that it repeats bit by bit.
+
+        Args:
+            family: Name of the family.
+            case: Fields of the case.
+            choice: The choice.
+            relatives: Fields of cases of the same key that compile other code; these are small problems only.
+        """
         owner, of = self.families[family], Case(**case)
         with override({family: choice}):
             try:
                 worst = max(self.gate(owner, of, self.clock.device, whole=whole) for whole in (False, True))
+                for other in relatives:
+                    worst = max(worst, self.gate(owner, Case(**other), self.clock.device, whole=False))
             except AssertionError as wrong:
                 return {"status": "wrong", "note": str(wrong)}
             call = self.calls(family, of)[0]
@@ -156,13 +167,15 @@ def alike(x: Any, y: Any) -> bool:
     return torch.equal(*(one.contiguous().reshape(-1).view(torch.uint8) for one in (x, y)))
 
 
-def reproducer(sources: list[str], gate: str, clock: str, family: str, case: Case, choice: Values) -> str:
+def reproducer(
+    sources: list[str], gate: str, clock: str, family: str, case: Case, choice: Values, relatives: Sequence[Case] = ()
+) -> str:
     """Write a program that tries one choice again."""
-    fields = {"key": dict(case.key), "problem": dict(case.problem), "variant": dict(case.variant)}
+    others = [other.fields for other in relatives]
     return (
         "from longspan.autotune.measurer import Measurer\n\n"
         f"measurer = Measurer({sources!r}, {gate!r}, {clock!r})\n"
-        f"asked = {family!r}, {fields!r}, {dict(choice)!r}\n"
+        f"asked = {family!r}, {case.fields!r}, {dict(choice)!r}\n"
         "tried = measurer.trial(*asked)\n"
-        'print(tried if tried["status"] == "wrong" else measurer.confirm(*asked))\n'
+        f'print(tried if tried["status"] == "wrong" else measurer.confirm(*asked, {others!r}))\n'
     )

@@ -63,6 +63,7 @@ class Entry:
     digest: str
     heuristic: str
     candidates: dict[str, Candidate]
+    relatives: Sequence[Case] = ()
     won: dict[str, Any] | None = None
     finished: bool = False
     given_up: str = ""
@@ -70,7 +71,7 @@ class Entry:
     @property
     def fields(self) -> dict[str, Any]:
         """The case, as workers take it."""
-        return {"key": dict(self.case.key), "problem": dict(self.case.problem), "variant": dict(self.case.variant)}
+        return self.case.fields
 
     @property
     def raced(self) -> list[Candidate]:
@@ -114,12 +115,14 @@ def plan(
     """
     entries = []
     for family in families:
+        wanted = family.cases(device.arch) if cases is None else cases.get(family.name, ())
+        if not wanted:
+            continue  # its code may be for other machines alone, and not even be there
         code = digest(map(imported, family.sources))
         scope = journal.scope(family.name, code, device.slug, triton)
         if fresh:
             journal.forget(scope)
         known = journal.compilations(scope), journal.trials(scope), journal.winners(scope)
-        wanted = family.cases(device.arch) if cases is None else cases.get(family.name, ())
         entries += [entry(family, case, device, scope, code, known) for case in wanted]
     return entries
 
@@ -148,7 +151,8 @@ def entry(family: Family, case: Case, device: Device, scope: int, code: str, kno
         if tried is not None:
             recall(one, tried)
         candidates[name] = one
-    made = Entry(family, case, scope, code, canonical(heuristic), candidates, winners.get(posed))
+    related = family.relatives(case, device.arch)
+    made = Entry(family, case, scope, code, canonical(heuristic), candidates, related, winners.get(posed))
     # A key is done when somebody won and nobody is left who was not tried.
     made.finished = made.won is not None and all(one.state in {"raced", "out"} for one in candidates.values())
     return made

@@ -4,6 +4,7 @@ It touches no GPU itself. At any moment the journal holds all that was learnt; a
 has a verified answer, and what remains of the budget goes into the choices that are left.
 """
 
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ COMPILE: Final = 90.0  # seconds that one compilation may take
 TRIAL: Final = 60.0  # and one trial: verification, compilation of what was not compiled ahead, a few launches
 RESERVE: Final = 2.0  # seconds kept for the final of a key
 BRISK: Final = 150.0  # seconds of a budget below which finals are half as long
+REHEARSAL: Final = 20.0  # seconds, at most, for what is compiled before the finals
 SUSPECT: Final = 100_000
 
 
@@ -64,6 +66,7 @@ class Tuner:
         self.trials(self.begun + budget - reserve)
         if self.measurers is None:
             return
+        self.rehearse(min(REHEARSAL, 0.5 * reserve))
         self.stage = "finals"
         finals = Finals(self.journal, self.ask, self.faults, exhaustive=self.exhaustive, brisk=brisk)
         self.compilers.close()  # nobody else on the machine while finalists are timed
@@ -90,6 +93,30 @@ class Tuner:
             for outcome in wait([self.measurers], 1.0):
                 _, entry, candidate = outcome.tag
                 self.tried_one(entry, candidate, outcome)
+
+    def rehearse(self, seconds: float) -> None:
+        """Compile what a likely winner will be verified on beyond its own problem: alone, the measurer takes longer.
+
+        What fails here fails again in the verification, which is the one to say so.
+        """
+        deadline = time.monotonic() + seconds
+        self.compilers.waiting.clear()  # nobody will try them
+        for entry in self.open:
+            leader = min(entry.raced, key=lambda one: statistics.median(one.times), default=None)
+            if leader is None or leader.name == entry.heuristic:
+                continue
+            for case in entry.relatives:
+                self.compilers.submit(
+                    ("rehearse", entry, leader), "compile", seconds, family=entry.family.name, case=case.fields,
+                    choice=dict(leader.choice), target=list(self.device.target),
+                    multiprocessors=self.device.multiprocessors,
+                )  # fmt: skip
+        while self.compilers.pending and time.monotonic() < deadline:
+            for outcome in self.compilers.wait(0.5):
+                kind, entry, candidate = outcome.tag
+                if kind == "compile":  # it was under way
+                    self.compiled_one(entry, candidate, outcome)
+            self.watch(self)
 
     # Compiling.
 

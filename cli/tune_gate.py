@@ -21,9 +21,10 @@ from longspan.laws import Attention, Bound, Rotate, attention_bounds, worst
 from longspan.laws.caches import PAGES, pages_are_gathered_keys
 from longspan.laws.problems import Inputs
 from longspan.laws.rotation import queries_and_keys_turn_alike
-from longspan.spec import masks
+from longspan.spec import bounds, masks
 
 STRETCH: Final = 48  # queries of a long problem that are checked together
+OPTIONS: Final = ("scale", "softcap", "sink", "alibi", "out_dtype")  # of attention, that a problem may have
 
 
 def gate(family: Family, case: Case, device: str, *, whole: bool) -> float:
@@ -74,9 +75,8 @@ def attention(backend: Backend, case: Case, device: str, *, whole: bool) -> Iter
         yield max(worst("out", state.out, bound["out"]), worst("lse", state.lse, bound["lse"]))
     if whole:
         q, k, v = heads(case, device)
-        mask = masks.causal() if case.problem["causal"] else masks.everything()
         with poisoned():
-            state = backend.attention(q, k, v, mask=mask)
+            state = backend.attention(q, k, v, mask=mask_of(case, q, k))
         for rows, bound in stretches(case, q, k, v):
             yield max(
                 worst("out", state.out[:, :, rows], bound["out"]), worst("lse", state.lse[:, :, rows], bound["lse"])
@@ -91,7 +91,7 @@ def attention_backward(backend: Backend, case: Case, device: str, *, whole: bool
         yield max(worst(name, found[name], bound[name]) for name in ("dq", "dk", "dv"))
     if whole:
         q, k, v = heads(case, device)
-        mask = masks.causal() if case.problem["causal"] else masks.everything()
+        mask = mask_of(case, q, k)
         d_out = torch.randn(
             *q.shape[:3], v.shape[3], generator=torch.Generator(device).manual_seed(9), device=device
         ).to(q.dtype)
@@ -115,11 +115,32 @@ def gradients(backend: Backend, given: tuple[Tensor, ...], d_out: Tensor, option
 
 def problems(case: Case) -> list[Attention]:
     """Small ragged problems, of the heads that are tuned so that they run the very code that is timed."""
-    sizes, mask = case.problem, "causal()" if case.problem["causal"] else "everything()"
+    sizes, step = case.problem, int(case.problem.get("step", 1))  # which divides the keys, where kernels need it
     h, d = int(sizes["h"]), int(sizes["d"])
-    g, e, dtype = int(sizes.get("g", h)), int(sizes.get("e", d)), str(sizes.get("dtype", "bfloat16"))
-    ragged = Attention(b=2, h=h, g=g, m=197, n=333, d=d, e=e, dtype=dtype, mask=mask, storage="bmhd", seed=1)
-    return [ragged, replace(ragged, b=1, m=70, n=70, amplitude=3.0, needle=True, seed=2)]
+    g, e = int(sizes.get("g", h)), int(sizes.get("e", d))
+    given: dict[str, Any] = {"h": h, "g": g, "d": d, "e": e, "dtype": str(sizes.get("dtype", "bfloat16"))}
+    ragged = drawn(case, b=2, m=197, n=-(-333 // step) * step, storage="bmhd", seed=1, **given)
+    return [ragged, drawn(case, b=1, m=70, n=-(-70 // step) * step, amplitude=3.0, needle=True, storage="bmhd", seed=2,
+                          **given)]  # fmt: skip
+
+
+def drawn(case: Case, *, b: int, m: int, n: int, **given: Any) -> Attention:  # noqa: ANN401 - fields of `Attention`
+    """A problem with the mask and the options of a case."""
+    words: Any = {name: case.problem[name] for name in OPTIONS if name in case.problem}
+    dead = {"dead": float("nan")} if "mask" in case.problem else {}
+    return Attention(b=b, m=m, n=n, mask=source(case, b, m, n), **words, **dead, **given)
+
+
+def source(case: Case, b: int, m: int, n: int) -> str:
+    """The mask of a case in the words of `longspan.spec.masks`."""
+    usual = "causal()" if case.problem["causal"] else "everything()"
+    return str(case.problem.get("mask", usual)).format(b=b, m=m, n=n)
+
+
+def mask_of(case: Case, q: Tensor, k: Tensor) -> masks.Mask:
+    """The mask of a case on its tensors."""
+    sizes = q.shape[0], q.shape[2], k.shape[2]
+    return Attention(m=sizes[1], n=sizes[2], mask=source(case, *sizes)).build_mask()
 
 
 @lru_cache(maxsize=128)
@@ -131,7 +152,7 @@ def posed(problem: Attention, device: str, *, gradient: bool) -> tuple[Inputs, d
 
 def heads(case: Case, device: str) -> list[Tensor]:
     """Draw the tuned problem's q, k and v, on its own device: they are large."""
-    sizes = {name: int(value) for name, value in case.problem.items() if not isinstance(value, str)}
+    sizes = {name: int(value) for name, value in case.problem.items() if isinstance(value, int)}
     b, h, m, d = (sizes[name] for name in ("b", "h", "m", "d"))
     g, n, e = sizes.get("g", h), sizes.get("n", m), sizes.get("e", d)
     draw, dtype = torch.Generator(device).manual_seed(7), getattr(torch, str(case.problem.get("dtype", "bfloat16")))
@@ -144,19 +165,20 @@ def stretches(
 ) -> Iterator[tuple[slice, dict[str, Bound]]]:
     """Bound the results of some rows of a long problem: its first, some in the middle, its last."""
     m, n = q.shape[2], k.shape[2]
-    mask = masks.causal() if case.problem["causal"] else masks.everything()
+    seen = bounds(mask_of(case, q, k), q.shape[0], m, n, device=q.device)
     for begin in sorted({0, max(0, m // 2 - 19), max(0, m - STRETCH)}):
         rows = slice(begin, min(m, begin + STRETCH))
+        mask = masks.spans(*(x[:, rows].contiguous() for x in (seen.first, seen.last, seen.base)), keep=seen.keep)
         gradient = None if d_out is None else d_out[:, :, rows]
-        yield rows, attention_bounds(q[:, :, rows], k, v, d_out=gradient, mask=mask, q_offset=n - m + begin)
+        yield rows, attention_bounds(q[:, :, rows], k, v, d_out=gradient, mask=mask)
 
 
 def attention_few(backend: Backend, case: Case, device: str, *, whole: bool) -> Iterator[float]:
     """Check out and lse of few queries against many keys."""
-    sizes = {name: int(value) for name, value in case.problem.items()}
-    h, g, m, d = (sizes[name] for name in ("h", "g", "m", "d"))
-    ragged = Attention(b=3, h=h, g=g, m=m, n=1237, d=d, e=d, dtype="bfloat16", storage="bmhd", needle=True, seed=1)
-    short = replace(ragged, b=2, n=4 * m + 61, amplitude=3.0, seed=2)
+    h, g, m, d = (int(case.problem[name]) for name in ("h", "g", "m", "d"))
+    given: dict[str, Any] = {"h": h, "g": g, "m": m, "d": d, "e": d, "dtype": "bfloat16", "storage": "bmhd"}
+    ragged = drawn(case, b=3, n=1237, needle=True, seed=1, **given)
+    short = drawn(case, b=2, n=4 * m + 61, amplitude=3.0, seed=2, **given)
     for problem in () if whole else (ragged, short):
         of, bound = posed(problem, device, gradient=False)
         with poisoned():
@@ -165,21 +187,21 @@ def attention_few(backend: Backend, case: Case, device: str, *, whole: bool) -> 
     if whole:
         q, k, v = heads(case, device)
         with poisoned():
-            state = backend.attention(q, k, v)
+            state = backend.attention(q, k, v, mask=mask_of(case, q, k))
         for one in range(0, q.shape[0], 3):  # a sequence at a time: in float64 all of them are gigabytes
             row = slice(one, one + 1)
-            bound = attention_bounds(q[row], k[row], v[row])
+            bound = attention_bounds(q[row], k[row], v[row], mask=mask_of(case, q[row], k[row]))
             yield max(worst("out", state.out[row], bound["out"]), worst("lse", state.lse[row], bound["lse"]))
 
 
 def attention_paged(backend: Backend, case: Case, device: str, *, whole: bool) -> Iterator[float]:
     """Check out and lse of paged caches whose free slots hold NaN; a winner meets longer ones."""
-    sizes = {name: int(value) for name, value in case.problem.items()}
-    h, g, m, d, page = (sizes[name] for name in ("h", "g", "m", "d", "page"))
+    h, g, m, d, page = (int(case.problem[name]) for name in ("h", "g", "m", "d", "page"))
     # Rows of the table are multiples of sixteen pages, as the tuned ones: Triton compiles the same code for both.
     n = (64 if whole else 16) * page - 15
     seed = PAGES.index(page) + len(PAGES) * (1 + whole)  # by which the law draws pages of a size
-    problem = Attention(b=7, h=h, g=g, m=m, n=n, d=d, e=d, dtype="bfloat16", index="int32", seed=seed)
+    problem = drawn(case, b=7, h=h, g=g, m=m, n=n, d=d, e=d, dtype="bfloat16", index="int32", seed=seed)
+    problem = replace(problem, dead=0.0)  # which slots nobody sees, the law knows
     with poisoned():
         yield pages_are_gathered_keys(backend, problem, device)
 

@@ -124,9 +124,10 @@ def report(tuner: Tuner, gate: str, clock: str, sources: Sequence[str]) -> dict[
     faults = []
     for fault in tuner.faults:
         name, case, choice = fault.entry.family.name, fault.entry.case, fault.candidate.choice
+        program = reproducer(list(sources), gate, clock, name, case, choice, fault.entry.relatives)
         faults.append({
             "kernel": name, "key": dict(case.key), "choice": dict(choice), "status": fault.status,
-            "message": fault.message, "reproduce": reproducer(list(sources), gate, clock, name, case, choice),
+            "message": fault.message, "reproduce": program,
         })  # fmt: skip
     gains = [key["gain"] for key in keys if key["gain"] is not None]
     measured = tuner.measurers is not None

@@ -57,13 +57,14 @@ def test_wrong_kernels_never_win_however_fast(run: Callable[..., Run]) -> None:
     assert (done.code, done.won) == (1, [60])  # 1: a wrong choice is loud
     assert sorted(done.faults) == sorted([
         ("drops the tail", "wrong"), ("races", "wrong"), ("reads uninitialised memory", "wrong"), ("raises", "error"),
-        ("repeats in other bits", "wrong"),
+        ("repeats in other bits", "wrong"), ("forgets the sign", "wrong"),
     ])  # fmt: skip
 
 
 def test_a_wrong_choice_comes_with_a_program_that_shows_it(run: Callable[..., Run]) -> None:
     done = run("WRONG")
-    for way in ("drops the tail", "repeats in other bits"):  # seen in its trial, and in the final alone
+    # Seen in its trial, in the final alone, and only with other options of the same key.
+    for way in ("drops the tail", "repeats in other bits", "forgets the sign"):
         fault = next(one for one in done.found["faults"] if one["choice"]["way"] == way)
         program = fault["reproduce"].replace("print(", "shown = (")
         names: dict[str, Any] = {}

@@ -6,7 +6,7 @@ Shapes: b batch, h query heads, g key heads, m queries, n keys, d head dimension
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import product
 from typing import Any, Final
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from longspan.autotune import Case, Family, Values
-from longspan.spec.masks import causal, everything
+from longspan.spec import masks
 
 from . import backward, forward
 from .choices import SOURCES, Key, heuristic
@@ -44,6 +44,25 @@ TILES: Final[dict[tuple[str, int], tuple[list[tuple[int, int, int]], tuple[int, 
         [(64, 32, 4), (64, 64, 4), (64, 64, 8), (128, 32, 4), (128, 32, 8), (128, 64, 8)], (1, 2, 3)),
     ("backward_queries", 256): ([(64, 32, 4), (64, 32, 8), (64, 64, 8), (128, 32, 8), (128, 64, 8)], (1, 2)),
 }  # fmt: skip
+
+# What else a key serves compiles other code: options of problems of m queries, n keys and b sequences, by name.
+CAUSAL: Final = {
+    "documents": {
+        "mask": "documents([{m} - {m} // 3, {m} // 3], [{n} - {n} // 3, {n} // 3])"
+        " & window({m} // 2, keep_first=3) & causal()",
+        "softcap": 9.0, "alibi": 0.5, "sink": 1.0,
+    },
+    "lengths": {"mask": "lengths([{n} - 9 * row for row in range({b})]) & causal()", "scale": -0.2},
+}  # fmt: skip
+FULL: Final = {"scores": {"mask": "everything()", "softcap": 9.0, "alibi": 0.5, "sink": 1.0}}
+
+
+def relatives(case: Case, options: Mapping[str, Mapping[str, Any]]) -> list[Case]:
+    """The same key with other options."""
+    return [
+        Case(key=case.key, problem={**case.problem, **more}, variant={**case.variant, "features": name})
+        for name, more in options.items()
+    ]
 
 
 def cases(kernel: str, arch: str) -> list[Case]:
@@ -117,19 +136,29 @@ def draw(shape: tuple[int, ...], device: str, fill: bool, seed: int) -> Tensor:
     return laid.transpose(1, 2)
 
 
-def call_of(case: Case, q: Tensor) -> Call:
-    """What a case asks beside its tensors."""
-    m = q.shape[2]
-    mask = causal() if case.problem["causal"] else everything()
-    seen = lower(mask, q.shape[0], m, m, q_offset=None, k_offset=0, device=q.device)
-    scale: Any = 1 / math.sqrt(q.shape[3])
-    interval: Any = tuple(seen.interval)
-    return Call(None, None, seen.rows, seen.sequences, interval, scale, None, q.dtype)
+def mask_of(problem: Values, b: int, m: int, n: int) -> masks.Mask:
+    """The mask of a problem: its own words', or causal or none."""
+    words = str(problem.get("mask", "causal()" if problem["causal"] else "everything()"))
+    return eval(words.format(b=b, m=m, n=n), dict(vars(masks)))  # noqa: S307 - words of families alone
+
+
+def call_of(case: Case, q: Tensor, n: int) -> Call:
+    """What a case asks of q and n keys, beside its tensors."""
+    problem: Any = case.problem
+    b, h, m, d = q.shape
+    seen = lower(mask_of(problem, b, m, n), b, m, n, q_offset=None, k_offset=0, device=q.device)
+    low, high, stop, position, keep = seen.interval
+    sink, alibi = (q.new_ones(h, dtype=torch.float32) if name in problem else None for name in ("sink", "alibi"))
+    return Call(
+        sink, alibi, seen.rows, seen.sequences, (low, high, stop, position, keep),
+        problem.get("scale", 1 / math.sqrt(d)), problem.get("softcap"),
+        getattr(torch, problem["out_dtype"]) if "out_dtype" in problem else q.dtype,
+    )  # fmt: skip
 
 
 def heads_of(case: Case, device: str, fill: bool) -> list[Tensor]:
     """Draw queries, keys, values and the gradient of out."""
-    sizes = {name: int(value) for name, value in case.problem.items()}
+    sizes = {name: int(value) for name, value in case.problem.items() if not isinstance(value, str)}
     b, h, m, d = (sizes[name] for name in ("b", "h", "m", "d"))
     g, e = sizes.get("g", h), sizes.get("e", d)
     shapes = (b, h, m, d), (b, g, m, d), (b, g, m, e), (b, h, m, e)
@@ -139,14 +168,14 @@ def heads_of(case: Case, device: str, fill: bool) -> list[Tensor]:
 def prepare_forward(case: Case, device: str, fill: bool) -> Callable[[], Any]:
     """Launch the forward kernel."""
     q, k, v, _ = heads_of(case, device, fill)
-    call = call_of(case, q)
+    call = call_of(case, q, k.shape[2])
     return lambda: forward.forward(call, q, k, v)
 
 
 def prepare_backward(kernel: str, case: Case, device: str, fill: bool) -> Callable[[], Any]:
     """Launch one of the backward kernels, on what the forward kernel and the first backward kernel leave."""
     q, k, v, d_out = heads_of(case, device, fill)
-    call = call_of(case, q)
+    call = call_of(case, q, k.shape[2])
     two = torch.empty(2, *q.shape[:3], device=device)
     if fill:
         out, lse = forward.forward(call, q, k, v)
@@ -182,4 +211,5 @@ def attention(kernel: Any) -> Family:
         cases=lambda arch: cases(kernel, arch), space=lambda case, arch: list(space(kernel, case, arch)),
         sized=lambda sizes, arch: sized(kernel, sizes, arch), heuristic=start, prepare=prepare,
         cost=neighbourly(start),
+        relatives=lambda case, arch: relatives(case, CAUSAL if case.key["masked"] else FULL),  # noqa: ARG005
     )  # fmt: skip

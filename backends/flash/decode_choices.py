@@ -192,11 +192,14 @@ def choose_paged(key: PagedKey) -> PagedChoice:
 
 def tiles_for(key: FewKey | PagedKey, rows: int) -> Tiles:
     """Cut tiles as was tuned on this GPU, or by the rule, for so many rows that share a key head."""
-    return TUNED(
-        TileKey(
-            paged=isinstance(key, PagedKey), architecture=key.architecture, rows=min(padded(rows), tallest(key)),
-            width=padded(key.width), itemsize=key.itemsize, descriptors=key.descriptors,
-        )
+    return TUNED(tile_key(key, rows))
+
+
+def tile_key(key: FewKey | PagedKey, rows: int) -> TileKey:
+    """What tiles of so many rows depend on."""
+    return TileKey(
+        paged=isinstance(key, PagedKey), architecture=key.architecture, rows=min(padded(rows), tallest(key)),
+        width=padded(key.width), itemsize=key.itemsize, descriptors=key.descriptors,
     )  # fmt: skip
 
 

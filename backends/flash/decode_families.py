@@ -7,20 +7,18 @@ Shapes: b batch, h query heads, g key heads, m queries, n keys, d head dimension
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import product
 from typing import Any, Final
 
 import torch
 
 from longspan.autotune import Case, Family, Values
-from longspan.spec.masks import everything
 
 from . import decode
 from . import paged as pages
-from .attention_families import draw, neighbourly
-from .decode_choices import SOURCES, TileKey, tiles_by_rule
-from .launch import Call, padded
-from .lowering import lower
+from .attention_families import call_of, draw, mask_of, neighbourly, relatives
+from .decode_choices import SOURCES, FewKey, PagedKey, TileKey, copied, tile_key, tiles_by_rule
 
 HEADS: Final = 32
 GROUPS: Final = 8
@@ -33,20 +31,45 @@ STAGES: Final = (2, 3, 4)
 RESIDENT: Final = (1, 2, 4)  # programs of a multiprocessor for which the keys are split
 
 
-def case(d: int, m: int, *, page: int = 0, h: int = HEADS, g: int = GROUPS, n: int = KEYS) -> Case:
+# What else a key serves; see `attention_families`. Masks of pages are in coordinates of each sequence.
+FEW: Final = {
+    "documents": {
+        "mask": "documents([{m} - {m} // 2, {m} // 2], [{n} // 3, {n} - {n} // 3]) & window({n} // 2, keep_first=3)"
+        " & causal()",
+        "softcap": 9.0, "alibi": 0.5, "sink": 1.0,
+    },
+    "lengths": {"mask": "lengths([{n} - 9 * row for row in range({b})]) & causal()", "scale": -0.2},
+}  # fmt: skip
+PAGED: Final = {
+    "window": {"mask": "causal() & window(70, keep_first=3)", "softcap": 9.0, "alibi": 0.5, "sink": 1.0},
+    "chunks": {"mask": "chunks(100) & causal()", "scale": -0.2},
+}  # fmt: skip
+
+
+def case(arch: str, d: int, m: int, *, page: int = 0, h: int = HEADS, g: int = GROUPS, n: int = KEYS) -> Case:
     """One key: the head dimension, and how many rows a tile has."""
-    rows = min(padded(m * h // g), 64)
-    key = {"rows": rows, "width": padded(d), "itemsize": 2, "descriptors": True}
     problem = {"b": BATCH, "h": h, "g": g, "m": m, "n": n, "d": d, "causal": True, "page": page}
+    of: Any = {"architecture": arch, "processors": 0, "heads": BATCH * g, "keys": n, "width": d, "itemsize": 2}
+    full = PagedKey(**of, rows=BATCH * m * h // g, sequences=BATCH, page=page, descriptors=True) if page else FewKey(
+        **of, rows=m * h // g, descriptors=True
+    )  # fmt: skip
+    key = vars(tile_key(replace(full, descriptors=copied(full)), m * h // g)).copy()
+    del key["paged"], key["architecture"]
     return Case(key=key, problem=problem, variant={name: value for name, value in problem.items() if name != "n"})
 
 
-def sized(sizes: Values, *, page: int = 0) -> list[Case]:
+def cases(arch: str) -> list[Case]:
+    """Tokens one by one at every width, and several: each key once."""
+    made = [case(arch, 64, 1), case(arch, 128, 1), case(arch, 256, 1), case(arch, 128, 16), case(arch, 128, 32)]
+    return list({one.name: one for one in reversed(made)}.values())[::-1]
+
+
+def sized(sizes: Values, arch: str, *, page: int = 0) -> list[Case]:
     """What a model's layer launches when it decodes."""
     h, g, d, n = (int(sizes[name]) for name in ("heads", "groups", "head_dim", "context"))
     if sizes["itemsize"] != 2 or d != sizes["value_dim"] or d > decode.WIDEST or not sizes["causal"]:
         return []
-    return [case(d, 1, page=page, h=h, g=g, n=min(max(n, 4096), KEYS))]
+    return [case(arch, d, 1, page=page, h=h, g=g, n=min(max(n, 4096), KEYS))]
 
 
 def start(case: Case, arch: str, *, paged: bool) -> Values:
@@ -65,22 +88,23 @@ def space(case: Case, arch: str, *, paged: bool) -> Iterator[Values]:
             yield {"tile_n": keys, "num_warps": warps, "num_stages": stages, "resident": resident}
 
 
+def sizes_of(case: Case) -> dict[str, int]:
+    """The numbers of a problem that say how large it is."""
+    return {name: int(case.problem[name]) for name in ("b", "h", "g", "m", "n", "d", "page")}
+
+
 def prepare_few(case: Case, device: str, fill: bool) -> Callable[[], Any]:
     """Decode from a dense cache."""
-    sizes = {name: int(value) for name, value in case.problem.items()}
-    b, h, g, m, n, d = (sizes[name] for name in ("b", "h", "g", "m", "n", "d"))
+    b, h, g, m, n, d, _ = sizes_of(case).values()
     q = draw((b, h, m, d), device, fill, 0)
     k, v = (draw((b, g, n, d), device, fill, seed) for seed in (1, 2))
-    seen = lower(everything(), b, m, n, q_offset=None, k_offset=0, device=q.device)
-    interval: Any = tuple(seen.interval)
-    call = Call(None, None, seen.rows, seen.sequences, interval, 1 / math.sqrt(d), None, q.dtype)
+    call = call_of(case, q, n)
     return lambda: decode.forward(call, q, k, v)
 
 
 def prepare_paged(case: Case, device: str, fill: bool) -> Callable[[], Any]:
     """Decode from a paged cache, whose pages lie in no order."""
-    sizes = {name: int(value) for name, value in case.problem.items()}
-    b, h, g, m, n, d, page = (sizes[name] for name in ("b", "h", "g", "m", "n", "d", "page"))
+    b, h, g, m, n, d, page = sizes_of(case).values()
     q = draw((1, h, b * m, d), device, fill, 0)[0].transpose(0, 1)
     pools = [torch.empty(b * n // page, g, page, d, dtype=torch.bfloat16, device=device) for _ in range(2)]
     if fill:
@@ -89,9 +113,13 @@ def prepare_paged(case: Case, device: str, fill: bool) -> Callable[[], Any]:
     order = torch.randperm(b * n // page, generator=torch.Generator().manual_seed(3))
     table = order.to(torch.int32).reshape(b, -1).to(device)
     q_lengths, lengths = (torch.full((b,), value, dtype=torch.int32, device=device) for value in (m, n))
-    sees = list(pages.sight(everything())[:4])
-    scale = 1 / math.sqrt(d)
-    return lambda: pages.launch(q, q_lengths, *pools, table, lengths, None, None, sees, scale, None, q.dtype)
+    seen = pages.sight(mask_of(case.problem, b, m, n))
+    options: Any = {name: case.problem.get(name) for name in ("scale", "softcap")}
+    sink, alibi = (q.new_ones(h, dtype=torch.float32) if name in case.problem else None for name in ("sink", "alibi"))
+    return lambda: pages.launch(
+        q, q_lengths, *pools, table, lengths, sink, alibi, [*seen[:4], *seen.chunks],
+        options["scale"] or 1 / math.sqrt(d), options["softcap"], q.dtype,
+    )  # fmt: skip
 
 
 def few() -> Family:
@@ -102,9 +130,9 @@ def few() -> Family:
 
     return Family(
         name="flash.few", operation="attention_few", backend="longspan.backends.flash", sources=SOURCES["flash.few"],
-        cases=lambda arch: [case(64, 1), case(128, 1), case(256, 1), case(128, 16)],  # noqa: ARG005
+        cases=cases,
         space=lambda case, arch: list(space(case, arch, paged=False)), heuristic=heuristic, prepare=prepare_few,
-        cost=neighbourly(heuristic), sized=lambda sizes, arch: sized(sizes),  # noqa: ARG005
+        cost=neighbourly(heuristic), sized=sized, relatives=lambda case, arch: relatives(case, FEW),  # noqa: ARG005
     )  # fmt: skip
 
 
@@ -116,7 +144,8 @@ def paged() -> Family:
 
     return Family(
         name="flash.paged", operation="attention_paged", backend="longspan.backends.flash",
-        sources=SOURCES["flash.paged"], cases=lambda arch: [case(128, 1, page=PAGE)],  # noqa: ARG005
+        sources=SOURCES["flash.paged"], cases=lambda arch: [case(arch, 128, 1, page=PAGE)],
         space=lambda case, arch: list(space(case, arch, paged=True)), heuristic=heuristic, prepare=prepare_paged,
-        cost=neighbourly(heuristic), sized=lambda sizes, arch: sized(sizes, page=PAGE),  # noqa: ARG005
+        cost=neighbourly(heuristic), sized=lambda sizes, arch: sized(sizes, arch, page=PAGE),
+        relatives=lambda case, arch: relatives(case, PAGED),  # noqa: ARG005
     )  # fmt: skip
