@@ -24,7 +24,7 @@ from .tune_lock import alone
 from .tune_page import Watch, conclude, report
 from .tune_tables import keep, merge
 
-SOURCES: Final = ("longspan.backends.flash.families:FAMILIES",)
+SOURCES: Final = ("longspan.backends.flash.families:FAMILIES", "longspan.backends.hopper.families:FAMILIES")
 GATE: Final = "longspan.cli.tune_gate:gate"
 CLOCK: Final = "longspan.autotune.clock:Cuda"
 COMPILER: Final = "longspan.autotune.compiler:Compiler"
@@ -106,6 +106,11 @@ def run(asked: Asked) -> int:
             msg = f"there is nothing to tune of {of} on {device.arch}"
             raise Refused(msg)
         page = console()
+        absent = [family.name for family in chosen if all(entry.family is not family for entry in entries)]
+        if absent and not asked.as_json:
+            page.print(
+                f"{', '.join(absent)}: nothing to tune on {device.arch}" + ("" if cases is None else " for this model")
+            )
         tuner = Tuner(entries=entries, journal=journal, device=device, compilers=compilers, measurers=measurers,
                       exhaustive=asked.exhaustive, begun=begun)  # fmt: skip
         with Watch(page, asked.budget, quiet=asked.as_json) as watch:

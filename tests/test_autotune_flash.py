@@ -61,7 +61,8 @@ SMALL: dict[str, tuple[Case, dict[str, Any]]] = {
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 def test_a_familys_spaces_are_plain_data_of_bearable_size(family: Family, arch: str) -> None:
     cases = family.cases(arch)
-    assert len({case.name for case in cases}) == len(cases) > 0
+    assert len({case.name for case in cases}) == len(cases)
+    assert cases or (family.name.startswith("hopper.") and arch != "sm_90")
     for case in cases:
         choices = [canonical(choice) for choice in family.space(case, arch)]
         assert len(set(choices)) == len(choices) <= 45

@@ -3,7 +3,6 @@
 Tiles are those that were tuned on this GPU (`longspan.autotune`), and where nothing was, a documented heuristic's.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
@@ -13,7 +12,7 @@ from longspan.autotune import Asked, Lookup, Values, checked
 
 from ..flash.lowering import all_seen
 from .gluon import gl
-from .launch import Call, padded
+from .launch import SOURCES, Call, padded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,9 +129,6 @@ def build(_: Key, values: Values) -> Tiles:
     return Tiles(**made)
 
 
-SOURCES: Final[Mapping[str, tuple[str, ...]]] = {
-    "hopper.forward": ("longspan.backends.hopper.forward_kernel:forward_kernel",)
-}
 TUNED: Final[Lookup[Key, Tiles]] = Lookup(asked, build, tiles_by_rule, SOURCES)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..flash import decode
 from ..flash import function as flash
 from ..flash.autograd import Four, Two, entered
+from ..flash.fitting import fitting
 from ..flash.rope_kernel import on
 from ..registry import Unsupported
 from .launch import Call, declines_address
@@ -21,10 +22,25 @@ def launch_call(call: Call, q: Tensor, k: Tensor, v: Tensor) -> Two:
     """Run the forward kernel: that of few queries where they are few, which is one with `flash`'s."""
     if decode.few(q, k, v):
         return flash.launch_call(call, q, k, v)
-    from .forward import forward  # noqa: PLC0415
-
     with on(q.device):
         return forward(call, q, k, v)
+
+
+@fitting
+def forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> Two:
+    """Run the forward kernel of many queries."""
+    from .forward import forward  # noqa: PLC0415
+
+    return forward(call, q, k, v)
+
+
+@fitting
+def backward(call: Call, *given: Any) -> Four:
+    """Run the backward kernels; ``given`` is q, k, v, out, lse, d_out and d_lse."""
+    from .backward import backward  # noqa: PLC0415
+    from .backward_choices import chosen  # noqa: PLC0415
+
+    return backward(call, *given, chosen(call, *given[:3]))
 
 
 def launch_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Two:
@@ -55,8 +71,6 @@ def launch_backward(
     """
     if declines_addresses(q, k, v) is not None:
         return flash.launch_backward(d_out, d_lse, out, lse, q, k, v, *rest[:-1])
-    from .backward import backward  # noqa: PLC0415
-
     with on(q.device):
         return backward(call_of(*rest), q, k, v, out, lse, d_out, d_lse)
 

@@ -1,5 +1,6 @@
 """From tensors to the arguments of a kernel: what is asked, what the copy engine can address, and its descriptors."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -9,6 +10,16 @@ from ..flash import launch as flash
 
 ALIGNED: Final = 16  # bytes: what the copy engine wants of addresses and strides
 LONGEST: Final = 2**30 - 1  # tokens: positions and their differences stay inside int32
+# What is compiled: a choice that was tuned for other code does not serve.
+SOURCES: Final[Mapping[str, tuple[str, ...]]] = {
+    "hopper.forward": ("longspan.backends.hopper.forward_kernel:forward_kernel",),
+    "hopper.backward": (
+        "longspan.backends.hopper.backward_kernel:backward_kernel",
+        "longspan.backends.hopper.backward_wide_kernel:backward_wide_kernel",
+        "longspan.backends.hopper.backward_passes:prepare_kernel",
+        "longspan.backends.hopper.backward_passes:finish_kernel",
+    ),
+}
 
 
 @dataclass(frozen=True)
