@@ -33,6 +33,11 @@ class Ask:
     mask: str = "everything()"
     options: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def plain(self) -> dict[str, Any]:
+        """The options that attention to quantised heads takes, too."""
+        return {name: x for name, x in self.options.items() if name in {"mask", "scale", "q_offset", "k_offset"}}
+
 
 def of_problem(cell: Cell, problem: Attention | Rotate, device: torch.device | str) -> Ask:
     """Ask what a gate asks."""

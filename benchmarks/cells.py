@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from longspan.laws import Attention, Rotate
 
-SECTIONS: Final = ("forward", "backward", "decode", "rotate", "host", "features", "growth", "memory")
+SECTIONS: Final = ("forward", "backward", "decode", "rotate", "host", "features", "quantised", "growth", "memory")
 WIDTH: Final = 2048  # heads · head dimension of the tables
 TOKENS: Final = 16_384  # batch · tokens of the tables
 K: Final = 1024
@@ -68,12 +68,17 @@ class Cell:
     def features(self) -> tuple[Any, ...]:
         """What the code that runs depends on, sizes apart: cells that share it share a gate."""
         scores = self.mask, self.softcap, self.sinks
-        return self.rotary, self.backward, self.decodes, self.d, self.h // self.g, *scores
+        return self.rotary, self.backward, self.decodes, self.quantised, self.d, self.h // self.g, *scores
 
     @property
     def decodes(self) -> bool:
         """Whether few queries read a long cache."""
         return self.section == "decode" or (self.section == "host" and self.m == 1)
+
+    @property
+    def quantised(self) -> bool:
+        """Whether heads of eight bits race beside those of sixteen."""
+        return self.section == "quantised"
 
     @property
     def pairs(self) -> float:
@@ -122,7 +127,7 @@ class Cell:
 
 def cells() -> list[Cell]:
     """Every cell, table by table."""
-    return [*forward(), *backward(), *decode(), *rotation(), *host(), *features(), *growth(), *memory()]
+    return [*forward(), *backward(), *decode(), *rotation(), *host(), *features(), *quantised(), *growth(), *memory()]
 
 
 def forward() -> list[Cell]:
@@ -170,6 +175,11 @@ def features() -> list[Cell]:
         Cell(**size, softcap=30.0),
         Cell(**size, sinks=True),
     ]
+
+
+def quantised() -> list[Cell]:
+    """The longest of the forward tables' problems, for heads in e4m3 beside those in bf16."""
+    return square("quantised", (16 * K,), {(128, "causal"), (256, "causal")})
 
 
 def host() -> list[Cell]:
@@ -243,6 +253,12 @@ def problems(cell: Cell) -> tuple[Attention | Rotate, ...]:
         return (
             Attention(b=3, **heads, m=1, n=1232),
             Attention(b=3, **heads, m=1, n=1237, mask="lengths([1237, 1000, 1])", dead=float("nan"), needle=True),
+        )
+    if cell.quantised:
+        mask = cell.build_mask()
+        return (
+            Attention(b=2, **heads, m=336, n=336, mask=mask),
+            Attention(b=2, **heads, m=197, n=333, mask=f"{mask} & window(100)", dead=float("nan"), needle=True),
         )
     if cell.mask == "packed":
         packed = "documents([150, 0, 47], [200, 33, 90]) & causal()"

@@ -22,8 +22,9 @@ from torch import Tensor
 
 from longspan.backends import Unsupported
 from longspan.laws import Attention, Bound, Rotate, attention_bounds, worst
+from longspan.laws.quantised import quantised_bounds
 from longspan.laws.rotation import bound
-from longspan.spec import Rotation
+from longspan.spec import Rotation, quantise
 
 SECONDS: Final = 300  # that one group may take to compile and conform
 HEAVIEST: Final = 2e14  # operations of a cell that is also run here once, to fill the caches
@@ -79,7 +80,8 @@ def conforms(contestant: Contestant, cell: Cell, problem: Attention | Rotate, de
         return same("the copy", results, (torch.cat([x.flatten() for x in again.inputs]),))
     if contestant.name == "read sweep":
         return same("a sum", results, (sums(*again.inputs[1:]),))
-    return max(worst(name, x, limit) for x, (name, limit) in zip(results, limits(again).items(), strict=True))
+    bounds = rounded_limits(again) if contestant.rounded else limits(again)
+    return max(worst(name, x, limit) for x, (name, limit) in zip(results, bounds.items(), strict=True))
 
 
 def sums(k: Tensor, v: Tensor) -> Tensor:
@@ -110,6 +112,11 @@ def limits(ask: Ask) -> dict[str, Bound]:
         return {name: bound(x, position, along, "half") for name, x in zip(("q", "k"), turned, strict=True)}
     found = attention_bounds(*ask.inputs, d_out=ask.cotangents[0] if ask.cotangents else None, **ask.options)
     return {name: found[name] for name in (("dq", "dk", "dv") if ask.cotangents else ("out",))}
+
+
+def rounded_limits(ask: Ask) -> dict[str, Bound]:
+    """The same of attention to the inputs' e4m3 roundings."""
+    return {"out": quantised_bounds(*(quantise(x) for x in ask.inputs), **ask.plain)["out"]}
 
 
 def warm(contestant: Contestant, group: Sequence[Cell], device: str) -> None:

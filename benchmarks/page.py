@@ -17,6 +17,7 @@ TITLES: Final = {
     "host": "The host's part of one call, gradients off: µs",
     "decode": "Decode: TB/s of keys and values read",
     "rotate": "Rotary embedding of queries and keys: TB/s read and written",
+    "quantised": "Heads in e4m3 beside heads in bf16, forward: TFLOP/s",
     "growth": "Growth: time over tokens²",
     "memory": "Memory of forward and backward beyond inputs and results",
 }

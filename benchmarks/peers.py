@@ -13,15 +13,15 @@ from typing import Final
 
 import torch
 from ask import Ask, table
+from blocks import blocks
 from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import flex_attention
 
 from longspan.backends import Unsupported
 
 PAGE: Final = 64  # tokens
-BLOCK: Final = 128  # tokens, of FlexAttention's masks
 Function = Callable[..., tuple[Tensor, ...]]
 
 
@@ -38,12 +38,14 @@ class Contestant:
         sections: Tables that it enters.
         prepare: From what is asked to a function of the inputs.
         own: Whether it is of this project: held to NaN in dead slots too, and no error of it is a reason to skip.
+        rounded: Whether it attends to e4m3 roundings of the inputs, and is held to attention to those.
     """
 
     name: str
     sections: tuple[str, ...]
     prepare: Callable[[Ask], Function]
     own: bool = False
+    rounded: bool = False
 
 
 def backend(name: str) -> ModuleType:
@@ -90,6 +92,20 @@ def paged(name: str) -> Callable[[Ask], Function]:
         )  # fmt: skip
         serve(module, "attention_paged", q[:, :, 0], *arguments, **options)
         return lambda q, *_: (module.attention_paged(q[:, :, 0], *arguments, **options).out[:, :, None],)
+
+    return prepare
+
+
+def e4m3(*, inside: bool) -> Callable[[Ask], Function]:
+    """Enter attention to heads that were quantised beforehand, or inside the call."""
+
+    def prepare(ask: Ask) -> Function:
+        module, options = backend("hopper"), ask.plain
+        given = module.quantise(*ask.inputs)
+        serve(module, "attention_quantised", *given, **options)
+        if inside:
+            return lambda q, k, v: (module.attention_quantised(*module.quantise(q, k, v), **options).out,)
+        return lambda *_: (module.attention_quantised(*given, **options).out,)
 
     return prepare
 
@@ -160,28 +176,6 @@ def flex(ask: Ask) -> Function:
     run = torch.compile(flex_attention, dynamic=ask.cell.decodes)
     grouped = q.shape[1] != k.shape[1]
     return lambda q, k, v: (run(q, k, v, block_mask=mask, enable_gqa=grouped),)
-
-
-def blocks(m: int, n: int, window: int | None, device: torch.device) -> BlockMask:
-    """Say which blocks a causal mask shows in part and which whole: by formula, and not from all m × n pairs."""
-
-    def sees(_b: Tensor, _h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return (j <= i) if window is None else (j <= i) & (i - j < window)
-
-    first_i, first_j = torch.arange(0, m, BLOCK, device=device)[:, None], torch.arange(0, n, BLOCK, device=device)
-    last_i, last_j = first_i + BLOCK - 1, first_j + BLOCK - 1
-    size = m + n if window is None else window
-    some = (first_j <= last_i) & (first_i - last_j < size)
-    whole = (last_j <= first_i) & (last_i - first_j < size) & (last_i < m)
-
-    def listed(which: Tensor) -> tuple[Tensor, Tensor]:
-        """How many blocks of each row, and which: those first, in order."""
-        which = which.to(torch.int32)[None, None]
-        return which.sum(-1, dtype=torch.int32), which.argsort(stable=True, dim=-1, descending=True).to(torch.int32)
-
-    return BlockMask.from_kv_blocks(
-        *listed(some & ~whole), *listed(whole), BLOCK_SIZE=BLOCK, mask_mod=sees, seq_lengths=(m, n)
-    )
 
 
 def flash_attn_4(ask: Ask) -> Function:
@@ -265,13 +259,15 @@ def widen_compile_cache() -> None:
 
 ATTENTION: Final = ("forward", "backward", "features", "decode", "host", "memory")
 CONTESTANTS: Final = (
-    Contestant("hopper", (*ATTENTION, "growth"), own("hopper"), own=True),
+    Contestant("hopper", (*ATTENTION, "growth", "quantised"), own("hopper"), own=True),
+    Contestant("hopper, e4m3", ("quantised",), e4m3(inside=False), own=True, rounded=True),
+    Contestant("hopper, e4m3 and quantising", ("quantised",), e4m3(inside=True), own=True, rounded=True),
     Contestant(f"hopper, pages of {PAGE}", ("decode",), paged("hopper"), own=True),
     Contestant("flash", (*ATTENTION, "growth", "rotate"), own("flash"), own=True),
     Contestant(f"flash, pages of {PAGE}", ("decode",), paged("flash"), own=True),
     Contestant("sdpa", ("forward", "backward", "decode", "memory"), own("sdpa"), own=True),
     Contestant("SDPA FA2", ATTENTION, sdpa(SDPBackend.FLASH_ATTENTION)),
-    Contestant("SDPA cuDNN", ATTENTION, sdpa(SDPBackend.CUDNN_ATTENTION)),
+    Contestant("SDPA cuDNN", (*ATTENTION, "quantised"), sdpa(SDPBackend.CUDNN_ATTENTION)),
     Contestant("FlexAttention", ("forward", "backward", "features", "decode"), flex),
     Contestant("flash-attn-4", ("forward", "backward", "features"), flash_attn_4),
     Contestant("Liger", ("rotate", "host"), liger),

@@ -12,7 +12,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 Bench = SimpleNamespace
 Patch = pytest.MonkeyPatch
 Printed = pytest.CaptureFixture[str]
-NAMES = ("cells", "ask", "peers", "gate", "clock", "record", "page", "plots", "race")
+NAMES = ("cells", "ask", "blocks", "peers", "gate", "clock", "record", "page", "plots", "race")
 
 
 @pytest.fixture

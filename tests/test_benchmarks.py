@@ -5,6 +5,7 @@ import math
 import random
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,7 @@ from benchmarked import BENCHMARKS, Bench, Patch, bench, small
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
 
+from longspan import spec
 from longspan.backends import eager, sdpa
 from longspan.spec import masks
 
@@ -116,6 +118,36 @@ def test_the_gate_refuses_what_is_wrong_and_passes_what_is_right(bench: Bench, m
     wrong = bench.gate.judge(entered(bench, monkeypatch, module), cell, "cpu")
     assert (wrong.outcome, wrong.worst) == ("failed", None)
     assert "exceeds budget" in wrong.reason
+
+
+class Rounding:
+    """A backend that attends to quantised heads, but for what it takes the values' scales for."""
+
+    def __init__(self, values: Callable[[spec.Quantised], spec.Quantised]) -> None:
+        self.values = values
+
+    def quantise(self, *heads: Tensor) -> list[spec.Quantised]:
+        """Quantise."""
+        return [spec.quantise(x) for x in heads]
+
+    def attention_quantised(self, q: spec.Quantised, k: spec.Quantised, v: spec.Quantised, **options: Any) -> Any:
+        """Attend."""
+        return spec.attention_quantised(q, k, self.values(v), **options)
+
+    def declines(self, *_: Any, **__: Any) -> None:
+        """Decline nothing."""
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_heads_of_eight_bits_are_held_to_attention_to_them(bench: Bench, monkeypatch: Patch, inside: bool) -> None:
+    enter = bench.peers.e4m3(inside=inside)
+    contestant = bench.peers.Contestant("planted", ("quantised",), enter, own=True, rounded=True)
+    cell = small(bench, "quantised")
+    monkeypatch.setattr(bench.peers, "backend", lambda _: Rounding(lambda v: v))
+    assert bench.gate.judge(contestant, cell, "cpu").outcome == "passed"
+    assert bench.gate.judge(replace(contestant, rounded=False), cell, "cpu").outcome == "failed"
+    monkeypatch.setattr(bench.peers, "backend", lambda _: Rounding(lambda v: v._replace(scale=1.3 * v.scale)))
+    assert bench.gate.judge(contestant, cell, "cpu").outcome == "failed"
 
 
 def test_a_backend_that_breaks_has_failed_and_a_peer_that_cannot_is_skipped(bench: Bench, monkeypatch: Patch) -> None:
