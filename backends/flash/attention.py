@@ -14,22 +14,23 @@ from torch import Tensor
 from longspan.spec import AttentionState
 from longspan.spec.bounds import check_fit
 from longspan.spec.checks import check_attention, check_lengths, check_ragged
-from longspan.spec.masks import Mask, documents, everything
+from longspan.spec.masks import Mask, Term, documents, everything
 
 from . import decode
 from .autograd import revealed
 from .function import attend, launch_call
-from .launch import INTERPRETED, Again, Call
+from .growing import Launch, Sizes, form
+from .kin import LONGEST, Kin
+from .launch import INTERPRETED, Call
 from .lowering import lower
-from .plan import Sightings, layout, memory, recall, remember
+from .plan import layout, memory, recall, remember
+from .reach import reach, told
 from .rope import DTYPES, serve
 from .rope_function import watched
 from .rope_kernel import on
 
 OFFSETS: Final = (int, type(None))
-REPEATED: Final[dict[Any, Again]] = memory()  # what `asked` returns, to how it was launched
-SEEN: Final = Sightings()
-LONGEST: Final = 2**30 - 1  # tokens: positions and their differences stay inside int32
+KIN: Final[dict[Any, Kin]] = memory()  # calls, by all but their sizes
 
 
 def attention(
@@ -70,10 +71,10 @@ def attention(
         ValueError: For what means nothing, as the specification.
         Unsupported: For what `declines_attention` names.
     """
-    key = asked(q, k, v, mask, scale, softcap, sink, alibi, q_offset, k_offset, out_dtype)
-    if key is not None and (again := recall(REPEATED, key)) is not None:
-        with on(q.device):
-            state = again(q, k, v, contiguous(sink), contiguous(alibi))
+    known = related(q, k, v, mask, scale, softcap, sink, alibi, q_offset, k_offset, out_dtype)
+    if known is not None and (kin := recall(KIN, known[0])) is not None:
+        options = scale, softcap, contiguous(sink), contiguous(alibi), q_offset, out_dtype
+        state = repeated(kin, *known[1:], q, k, v, *options)
         if state is not None:
             return AttentionState(*state)
     q, k, v, sink, alibi = revealed(q, k, v, sink, alibi)
@@ -88,15 +89,70 @@ def attention(
         1 / math.sqrt(q.shape[3]) if scale is None else float(scale), None if softcap is None else float(softcap),
         q.dtype if out_dtype is None else out_dtype,
     )  # fmt: skip
-    if key is None:
+    if known is None:
         return AttentionState(*attend(q, k, v, *rest))
-    # Bounds are tensors, whose contents may be others next time.
-    wanted = seen.rows is None and seen.sequences is None and SEEN.again(key)
-    call = Call(*rest, wanted=wanted)
+    # Bounds of rows are tensors, whose contents may be others next time; sequences can be lowered again.
+    call = Call(*rest, wanted=seen.rows is None and (seen.sequences is None or seen.each is not None))
     state = AttentionState(*launch_call(call, q, k, v))
-    if wanted and call.again is not None:
-        remember(REPEATED, key, call.again)
+    if call.again is not None:
+        key, sizes, *_ = known
+        of = form(q, k, v, sizes, call.interval, seen.each is not None)
+        if of is not None:
+            kin = recall(KIN, key) or Kin()
+            kin.learn(sizes, of, Launch(call.again, seen.each))
+            remember(KIN, key, kin)
     return state
+
+
+def related(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float | None, softcap: float | None,
+    sink: Tensor | None, alibi: Tensor | None, q_offset: int | Tensor | None, k_offset: int,
+    out_dtype: torch.dtype | None,
+) -> tuple[tuple[Hashable, ...], Sizes, tuple[Term, ...], Tensor | None] | None:  # fmt: skip
+    """Split a call into all but its sizes, and these; and the mask into terms and lengths, see `reach.told`.
+
+    None if autograd, a transform or a compiler watches, if equal keys could be different calls (True is 1, but no
+    offset), and if nobody could launch it again.
+    """
+    offsets = q_offset if isinstance(q_offset, Tensor) else None
+    if type(mask) is not Mask or type(k_offset) is not int or not (offsets is not None or type(q_offset) in OFFSETS):
+        return None
+    terms = told(mask)
+    if terms is None or watched(q, k, v) or any(x is not None and watched(x) for x in (sink, alibi, offsets, terms[1])):
+        return None
+    if not q.ndim == k.ndim == v.ndim == 4:
+        return None
+    (b, h, m, d), (of_k, g, n, of_d), (of_v, of_g, values, e) = q.shape, k.shape, v.shape
+    key = (
+        b, h, d, of_k, g, of_d, of_v, of_g, e, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device, terms[0],
+        scale, softcap, layout(sink), layout(alibi), layout(terms[1]), layout(offsets), out_dtype,
+    )  # fmt: skip
+    sizes = Sizes(m, n, values, q.stride(), k.stride(), v.stride(), None if offsets is not None else q_offset, k_offset)
+    return key, sizes, *terms
+
+
+def repeated(
+    kin: Kin, sizes: Sizes, terms: tuple[Term, ...], lengths: Tensor | None, q: Tensor, k: Tensor, v: Tensor,
+    scale: float | None, softcap: float | None, sink: Tensor | None, alibi: Tensor | None,
+    q_offset: int | Tensor | None, out_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor] | None:  # fmt: skip
+    """Launch a call as another was that is kin to it; None if none is launched alike."""
+    launch = kin.find(sizes)
+    if launch is None:
+        m, n = sizes.m, sizes.n
+        sees, each = reach(terms), lengths is not None or isinstance(q_offset, Tensor)
+        interval = (-m, n, n, 0, 0) if each else sees.interval(m, n, sizes.q_offset, sizes.k_offset)
+        alike = kin.forms.get(form(q, k, v, sizes, interval, each))
+        if alike is None:
+            return None
+        call = Call(
+            sink, alibi, None, None, interval, 1 / math.sqrt(q.shape[3]) if scale is None else float(scale),
+            None if softcap is None else float(softcap), q.dtype if out_dtype is None else out_dtype,
+        )  # fmt: skip
+        launch = alike.resized(sizes, call, sees, q, k, v, lengths, q_offset)
+        kin.last = sizes, launch
+    with on(q.device):
+        return launch(q, k, v, sink, alibi, lengths, q_offset)
 
 
 def asked(

@@ -12,7 +12,7 @@ from torch import Tensor
 from .decode_choices import FewChoice, choose_few, few_key, processors
 from .decode_kernel import few_kernel, few_merge_kernel
 from .fitting import fitting
-from .launch import INTERPRETED, Call, all_seen, describable, describe, padded, per_sequence, strides
+from .launch import INTERPRETED, Call, all_seen, describable, describe, numbers_of, padded, per_sequence
 from .plan import Bound
 
 WIDEST: Final = 256  # of a head whose row is held whole
@@ -100,9 +100,7 @@ def forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor
         logs = parts[lse.numel() * splits * e :]
     attended = few_kernel[(b * g * -(-(m * h // g) // choice.tile_m) * splits,)](
         q, describe(k, choice.tile_n, choice), describe(v, choice.tile_n, choice), out, lse, parts, logs,
-        call.sink, call.alibi, call.rows, call.sequences, *strides(q, k, v),
-        per_sequence(call.sink), per_sequence(call.alibi),
-        h, h // g, m, n, d, e, *call.interval, b * m, *call.factors, splits,
+        call.sink, call.alibi, call.rows, call.sequences, *numbers_of(call, q, k, v), splits,
         **flags_of(call, choice, q, k, v),
     )  # fmt: skip
     merged = None
@@ -138,10 +136,16 @@ class Repeated(NamedTuple):
     splits: int
     shared: bool
 
+    def resized(self, call: Call, q: Tensor, k: Tensor, v: Tensor) -> "Repeated":
+        """Take the code to a problem that differs in the number of keys alone; see `growing.form`."""
+        bound = self.attended.resized(self.attended.grid, (*numbers_of(call, q, k, v), self.splits), q, k, v)
+        return self._replace(attended=bound)
+
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, alibi: Tensor | None
-    ) -> tuple[Tensor, Tensor] | None:
-        """Launch on new results, and a new workspace."""
+        self, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, alibi: Tensor | None,
+        sequences: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
+        """Launch on new results, and a new workspace; None if these tensors want another kernel."""
         if alike(k, v) != self.shared:
             return None
         out, lse = self.out.new_empty(self.shape), self.lse.new_empty(self.shape[:3])
@@ -153,7 +157,7 @@ class Repeated(NamedTuple):
             of_parts, of_logs = parts.data_ptr(), parts.data_ptr() + 4 * rows * self.shape[3]
         launched = self.attended(
             q.data_ptr(), k.data_ptr(), v.data_ptr(), of_out, of_lse, of_parts, of_logs,
-            of_sink, 0 if alibi is None else alibi.data_ptr(), 0, 0,
+            of_sink, 0 if alibi is None else alibi.data_ptr(), 0, 0 if sequences is None else sequences.data_ptr(),
         )  # fmt: skip
         if launched and self.merged is not None:
             launched = self.merged(of_parts, of_logs, of_sink, of_out, of_lse)

@@ -35,6 +35,12 @@ class Described:
         self.shape, self.strides, self.padding = list(like.shape), list(like.strides), like.padding
         self.base = Address(0)
 
+    def of(self, shape: list[int], strides: list[int]) -> "Described":
+        """Describe another layout."""
+        other = object.__new__(Described)
+        other.shape, other.strides, other.padding, other.base = shape, strides, self.padding, self.base
+        return other
+
     def at(self, address: int) -> "Described":
         """Describe the same layout elsewhere."""
         moved = object.__new__(Described)

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .fitting import fitting
-from .launch import Call, describe, flags, per_sequence, select, strides
+from .launch import Call, describe, flags, numbers_of, select
 from .plan import Bound, planned
 from .tiles import (
     base_two,
@@ -157,7 +157,7 @@ def forward_kernel(
 @fitting
 def forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Launch the forward kernel: ``out [b, h, m, e]`` contiguous, and ``lse [b, h, m]`` float32."""
-    (b, h, m, d), (_, g, n, e) = q.shape, v.shape
+    (b, h, m, _), e = q.shape, v.shape[3]
     out = q.new_empty(b, h, m, e, dtype=call.out_dtype)
     lse = q.new_empty(b, h, m, dtype=torch.float32)
     if out.numel() == 0:
@@ -166,13 +166,11 @@ def forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor
     tall, wide = choice.tile_m, choice.tile_n
     bound = forward_kernel[(-(-m // tall) * h * b,)](
         describe(q, tall, choice), describe(k, wide, choice), describe(v, wide, choice), out, lse,
-        call.sink, call.alibi, call.rows, call.sequences, *strides(q, k, v),
-        per_sequence(call.sink), per_sequence(call.alibi),
-        h, h // g, m, n, d, e, *call.interval, b * m, *call.factors,
+        call.sink, call.alibi, call.rows, call.sequences, *numbers_of(call, q, k, v),
         SINK=call.sink is not None, **flags(call, choice, q, k, v),
     )  # fmt: skip
     if call.wanted and bound is not None:
-        call.keep(Repeated(bound, out.new_empty(0), lse.new_empty(0), out.shape))
+        call.keep(Repeated(bound, out.new_empty(0), lse.new_empty(0), out.shape, tall))
     return out, lse
 
 
@@ -184,20 +182,30 @@ class Repeated(NamedTuple):
         out: An empty tensor of the dtype and device of ``out``.
         lse: The same of ``lse``.
         shape: Shape of ``out``.
+        tall: Queries of a tile.
     """
 
     bound: Bound
     out: Tensor
     lse: Tensor
-    shape: torch.Size
+    shape: tuple[int, ...]
+    tall: int
+
+    def resized(self, call: Call, q: Tensor, k: Tensor, v: Tensor) -> "Repeated":
+        """Take the code to a problem that differs in sizes alone; see `growing.form`."""
+        b, h, m, _ = q.shape
+        bound = self.bound.resized((-(-m // self.tall) * h * b,), numbers_of(call, q, k, v), q, k, v)
+        return self._replace(bound=bound, shape=(b, h, m, self.shape[3]))
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, alibi: Tensor | None
-    ) -> tuple[Tensor, Tensor] | None:
+        self, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, alibi: Tensor | None,
+        sequences: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
         """Launch on new results."""
         out, lse = self.out.new_empty(self.shape), self.lse.new_empty(self.shape[:3])
         launched = self.bound(
             q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr(),
-            0 if sink is None else sink.data_ptr(), 0 if alibi is None else alibi.data_ptr(), 0, 0,
+            0 if sink is None else sink.data_ptr(), 0 if alibi is None else alibi.data_ptr(),
+            0, 0 if sequences is None else sequences.data_ptr(),
         )  # fmt: skip
         return (out, lse) if launched else None

@@ -13,13 +13,14 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .choices import Choice, Kernel, Key, choose
-from .lowering import Lowered, all_seen
+from .plan import ALIGNED, layout_described
+from .reach import Lowered, all_seen
 from .tiles import split
 
-ALIGNED: Final = 16  # bytes: what the copy engine wants of addresses and strides
 LOG2_E: Final = math.log2(math.e)
-# The same launch on other q, k, v, sink and alibi: (out, lse), or None where it cannot be repeated on those.
-Again = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], tuple[Tensor, Tensor] | None]
+# The same launch on other q, k, v, sink, alibi and, where lengths differ, sequences: (out, lse), or None where it
+# cannot be repeated on those.
+Again = Callable[..., tuple[Tensor, Tensor] | None]
 # TRITON_INTERPRET=1 counts when kernels are defined, so that they, and no variable, say whether it did.
 INTERPRETED: Final = not isinstance(split, triton.runtime.JITFunction)
 
@@ -132,10 +133,7 @@ def describe(x: Tensor, rows: int, choice: Choice) -> Any:
     """Give a kernel a tensor as a descriptor of tiles [1, 1, rows, width], or as a pointer."""
     if not choice.descriptors:
         return x
-    # The stride of an axis of one element says nothing, and may be anything: also something that the engine refuses.
-    whole = ALIGNED * math.ceil(x.shape[3] / ALIGNED)
-    strides = [whole if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True)]
-    return TensorDescriptor(x, list(x.shape), [*strides[:3], 1], [1, 1, rows, padded(x.shape[3])])
+    return TensorDescriptor(x, *layout_described(x), [1, 1, rows, padded(x.shape[3])])
 
 
 def strides(*tensors: Tensor) -> list[int]:
@@ -144,6 +142,15 @@ def strides(*tensors: Tensor) -> list[int]:
     for x in tensors:
         result += x.stride()[:3]
     return result
+
+
+def numbers_of(call: "Call", q: Tensor, k: Tensor, v: Tensor) -> tuple[Any, ...]:
+    """What the forward kernels take after addresses: strides, sizes, the mask and the scale."""
+    (b, h, m, d), (_, g, n, e) = q.shape, v.shape
+    return (
+        *strides(q, k, v), per_sequence(call.sink), per_sequence(call.alibi), h, h // g, m, n, d, e, *call.interval,
+        b * m, *call.factors,
+    )  # fmt: skip
 
 
 def per_sequence(x: Tensor | None) -> int:

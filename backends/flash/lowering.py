@@ -6,7 +6,7 @@ or offsets differ, from four a sequence; nothing is loaded per row. Rows: ``firs
 Shapes: b batch, m queries, n keys.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,34 +16,9 @@ from longspan.spec.affine import affine
 from longspan.spec.bounds import check_fit
 from longspan.spec.masks import Mask
 
-FARTHEST = 2**30  # tokens: positions and their differences stay inside int32
-
-
-class Lowered(NamedTuple):
-    """A mask in one of the two forms: rows if ``rows`` is given, else affine.
-
-    Attributes:
-        rows: int32 [4, b, m]: first, last, base and position of every row.
-        sequences: int32 [b, 4]: low, high, stop and position of every sequence; None if one serves all.
-        low: Key at which row 0 starts to see, affine.
-        high: Key before which row 0 stops to see, affine.
-        stop: Keys that there are, affine.
-        position: Where row 0 stands among the keys, affine.
-        keep: Keys at ``base`` that stay visible, rows.
-    """
-
-    rows: Tensor | None
-    sequences: Tensor | None
-    low: int
-    high: int
-    stop: int
-    position: int
-    keep: int
-
-    @property
-    def interval(self) -> list[int]:
-        """The integers, in the order in which kernels take them."""
-        return [self.low, self.high, self.stop, self.position, self.keep]
+from .reach import FARTHEST, Lowered, reach, sequences_of, told
+from .rope_function import watched
+from .rope_kernel import on
 
 
 def lower(
@@ -51,6 +26,13 @@ def lower(
 ) -> Lowered:
     """Lower a mask to the cheaper form that holds it; ValueError for one that was made for another problem."""
     check_fit(mask, b, m, q_offset)
+    terms = told(mask)
+    lengths = None if terms is None else terms[1]
+    tensors = [x for x in (lengths, q_offset) if isinstance(x, Tensor)]
+    if terms is not None and tensors and lowered_there(device, *tensors):
+        with on(device):
+            sequences, each = sequences_of(reach(terms[0]), b, m, n, lengths, q_offset, k_offset)
+        return Lowered(None, sequences, -m, n, n, 0, 0, each)
     moving = affine(mask, m, n, q_offset=q_offset, k_offset=k_offset, device=device)
     if moving is None:
         seen = bounds(mask, b, m, n, q_offset=q_offset, k_offset=k_offset, device=device)
@@ -64,14 +46,12 @@ def lower(
     return Lowered(None, None, low, high, stop, position, 0)
 
 
+def lowered_there(device: torch.device, *tensors: Tensor) -> bool:
+    """Whether a kernel can read tensors where the mask is wanted: not where somebody watches operations."""
+    return not watched(*tensors) and all(x.device == device for x in tensors)
+
+
 def clamped(x: Any) -> Any:
     """Give kernels a number that they can hold; one that stands for any length stays one, and is not looked at."""
     x = x if isinstance(x, int | torch.SymInt) else int(x)
     return min(max(x, -FARTHEST), FARTHEST)
-
-
-def all_seen(lowered: Lowered, m: int, n: int) -> bool:
-    """Say, from the integers alone, whether every key is seen by some query, so that none may hold NaN."""
-    if lowered.rows is not None or lowered.sequences is not None:
-        return False
-    return m > 0 and lowered.low <= 0 and m - 1 + lowered.high >= n and lowered.stop >= n

@@ -235,14 +235,33 @@ def whole(grid: tuple[int, ...]) -> tuple[int, int, int]:
 
 
 class Bound:
-    """A launch of which everything is known but the addresses that come first among its arguments."""
+    """A launch of which everything is known but the addresses that come first among its arguments.
+
+    Attributes:
+        plan: The compiled kernel.
+        grid: Programs.
+        rest: Arguments after the addresses.
+        described: Slots of descriptors, and the layouts there.
+        maps: By slot, the address that was last described, and how.
+    """
 
     def __init__(self, plan: Plan, grid: tuple[int, ...], args: tuple[Any, ...]) -> None:
         """Keep the layouts of what was given, and no tensor."""
         self.plan, self.grid = plan, whole(grid)
         self.rest = (*args[plan.count :], *plan.constants)
         self.described = [(i, Described(args[i])) for i in plan.described]
-        self.maps: dict[int, tuple[int, Any]] = {}  # by slot, the address that was last described, and how
+        self.maps: dict[int, tuple[int, Any]] = {}
+
+    def resized(self, grid: tuple[int, ...], numbers: tuple[Any, ...], *tensors: Tensor) -> "Bound":
+        """Bind the same code to another grid, other numbers and tensors of other sizes.
+
+        Whoever asks must know that the code is the same: that all is the same that triton specialises.
+        """
+        other = object.__new__(Bound)
+        other.plan, other.grid, other.maps = self.plan, whole(grid), {}
+        other.rest = (*numbers, *self.plan.constants)
+        other.described = [(i, like.of(*layout_described(tensors[i]))) for i, like in self.described]
+        return other
 
     def __call__(self, *addresses: int) -> bool:
         """Launch on other addresses, 0 for what was None; or say False, and do nothing, if one is not aligned."""
@@ -260,6 +279,19 @@ class Bound:
             args[i] = layout.at(addresses[i])
         plan.run(*self.grid, stream, *plan.head, *args, *self.rest)
         return True
+
+
+def layout_described(x: Tensor) -> tuple[list[int], list[int]]:
+    """Shape and strides of four axes, as descriptors have them.
+
+    The stride of an axis of one element says nothing, and may be anything: also something that the engine refuses.
+    """
+    shape, strides = list(x.shape), list(x.stride())
+    if 1 in shape:
+        whole_row = ALIGNED * -(-shape[3] // ALIGNED)
+        strides[:3] = [whole_row if size == 1 else stride for size, stride in zip(shape[:3], strides, strict=False)]
+    strides[3] = 1
+    return shape, strides
 
 
 def address_of(x: Tensor | TensorDescriptor | None) -> int:

@@ -72,8 +72,8 @@ def attention(
     return prepare
 
 
-def decode(d: int, e: int, dtype: torch.dtype, m: int, n: int, *, rich: bool = False) -> Case:
-    """Prepare a few queries against a long cache."""
+def decode(d: int, e: int, dtype: torch.dtype, m: int, n: int, *, rich: bool = False, lengths: bool = False) -> Case:
+    """Prepare a few queries against a long cache, of which sequences may have filled a part."""
 
     def prepare(flash: Any, device: torch.device | str) -> Callable[[], list[Tensor]]:
         keys = n // 8 if interpreted(flash) else n
@@ -82,10 +82,12 @@ def decode(d: int, e: int, dtype: torch.dtype, m: int, n: int, *, rich: bool = F
             for h, t, w in ((8, m, d), (2, keys, d), (2, keys, e))
         )
         options: dict[str, Any] = {"mask": masks.causal()}
+        filled = masks.lengths(torch.tensor([keys - 3, keys // 2], device=device))
+        if lengths:
+            options = {"mask": masks.causal() & filled}
         if rich:
             sink, alibi = (torch.full((8,), x, device=device) for x in (0.5, 0.1))
-            lengths = torch.tensor([keys - 3, keys // 2], device=device)
-            mask = masks.causal() & masks.window(keys // 2, keep_first=4) & masks.lengths(lengths)
+            mask = masks.causal() & masks.window(keys // 2, keep_first=4) & filled
             options = {"mask": mask, "sink": sink, "alibi": alibi, "softcap": 5.0}
 
         def run() -> list[Tensor]:
@@ -193,6 +195,7 @@ CASES: Final[dict[str, Case]] = {
     "attention, rich": attention(80, 96, HALF, rich=True),
     "decode, plain": decode(128, 128, BRAIN, 1, 1040),
     "decode, rich": decode(64, 64, HALF, 3, 600, rich=True),
+    "decode, lengths": decode(64, 64, HALF, 2, 600, lengths=True),
     "paged, plain": paged(128, BRAIN, 64, [1, 1], [80, 130], rich=False),
     "paged, rich": paged(80, HALF, 16, [5, 2], [40, 33], rich=True),
     "rotation, plain": turning(128, BRAIN, rich=False),

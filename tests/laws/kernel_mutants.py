@@ -215,6 +215,11 @@ FEW: Final = (
         {"m": 7, "n": 65, "mask": "everything()"},
     ),
     KernelMutant(
+        "lengths_do_not_move_queries", "sequences_kernel", DEFINITION,
+        one("reach", "stands = end - m\n", "stands = none + n - m\n"),
+        {"b": 2, "m": 7, "n": 33, "mask": "causal() & lengths([33, 20])"},
+    ),
+    KernelMutant(
         "parts_without_keys_have_no_guard", "few_merge_kernel", "blind_rows_are_zero",
         one("decode_kernel", 'shift = tl.where(top == -float("inf"), 0.0, top)', "shift = top"),
         {"m": 7, "n": 17},

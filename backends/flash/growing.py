@@ -1,0 +1,81 @@
+"""Calls that differ in their sizes alone: a cache that grows by one key, a prompt of another length.
+
+What is compiled, and how it is tiled, hangs on little of a size: whether 16 divides a stride, whether a tile is cut,
+into how many parts the keys go. By that little (`form`) launches are kept, and taken to the sizes at hand by putting
+other integers in.
+Shapes: b batch, h query heads, g key heads, m queries, n keys, d head dimension, e value dimension.
+"""
+
+from collections.abc import Hashable
+from typing import NamedTuple
+
+from torch import Tensor
+
+from . import decode
+from .decode_choices import LEAST
+from .kin import LONGEST, NEAR, kinds
+from .launch import Again, Call
+from .reach import FARTHEST, Each, Reach
+
+
+class Sizes(NamedTuple):
+    """What calls differ in that are kin."""
+
+    m: int
+    n: int
+    values: int
+    q: tuple[int, ...]
+    k: tuple[int, ...]
+    v: tuple[int, ...]
+    q_offset: int | None
+    k_offset: int
+
+
+class Launch(NamedTuple):
+    """How a problem is launched: sequences are lowered first, where their lengths lie on the device."""
+
+    again: Again
+    each: Each | None
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, alibi: Tensor | None, lengths: Tensor | None,
+        offsets: Tensor | int | None,
+    ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
+        """Launch on these tensors; None if they want other code."""
+        if self.each is None:
+            return self.again(q, k, v, sink, alibi)
+        sequences = self.each(lengths, offsets)
+        return None if sequences is None else self.again(q, k, v, sink, alibi, sequences)
+
+    def resized(
+        self, sizes: Sizes, call: Call, sees: Reach, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None,
+        offsets: Tensor | int | None,
+    ) -> "Launch":  # fmt: skip
+        """Take the code to a problem of the same form."""
+        each = self.each and self.each.resized(sees, sizes.m, sizes.n, lengths, offsets, sizes.k_offset)
+        return Launch(self.again.resized(call, q, k, v), each)
+
+
+def form(
+    q: Tensor, k: Tensor, v: Tensor, sizes: Sizes, interval: tuple[int, int, int, int, int], each: bool
+) -> Hashable:
+    """All that code, tiles and the number of parts depend on, of a call's sizes; None of what must be looked at anew.
+
+    Of tensors whose addresses are aligned: others are launched by no plan.
+    """
+    (m, n, values, of_q, of_k, of_v, q_offset, k_offset), (low, high, stop, _, _) = sizes, interval
+    if n != values or not 0 < m <= LONGEST or not 0 < n <= LONGEST or q.shape[0] * m >= 2**31:
+        return None
+    if not 0 <= k_offset < FARTHEST or abs((q_offset or 0) - k_offset) + m > LONGEST:
+        return None
+    if of_q[2] >= NEAR or of_k[2] >= NEAR or of_v[2] >= NEAR:
+        return None
+    few = decode.few(q, k, v)
+    seen = low <= 0 and m - 1 + high >= n and stop >= n
+    return (
+        (m, -(-n // LEAST)) if few else (low <= 1 - m and high >= n and stop >= n),
+        each or not seen,
+        each and q_offset is None,  # where the kernel that lowers finds the queries
+        kinds(of_q, of_k, of_v),
+        (m == 1, n == 1),  # of such an axis, descriptors do not ask for the stride
+    )

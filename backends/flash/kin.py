@@ -1,0 +1,42 @@
+"""Calls that are equal but for sizes, and what of a size the code of a kernel depends on."""
+
+from collections.abc import Hashable
+from functools import lru_cache
+from typing import Any, Final
+
+from .plan import ALIGNED, MANY
+
+LONGEST: Final = 2**30 - 1  # tokens: positions and their differences stay inside int32
+NEAR: Final = 2**31 // 256  # elements from row to row, within which a tile of any choice spans less than 2^31
+
+
+class Kin:
+    """Launches of calls that are equal but for sizes.
+
+    Attributes:
+        forms: Launches, by all that code and tiles depend on of a call's sizes.
+        last: The sizes that were asked last, and their launch: layers of a model ask the same, one after the other.
+    """
+
+    def __init__(self) -> None:
+        """Have seen none."""
+        self.forms: dict[Hashable, Any] = {}
+        self.last: tuple[Any, Any] = None, None
+
+    def find(self, sizes: Hashable) -> Any:
+        """Find how exactly these sizes were launched last, or None."""
+        last, launch = self.last
+        return launch if last == sizes else None
+
+    def learn(self, sizes: Hashable, form: Hashable, launch: object) -> None:
+        """Keep how a problem was launched."""
+        if len(self.forms) >= MANY:
+            self.forms.clear()
+        self.forms[form] = launch
+        self.last = sizes, launch
+
+
+@lru_cache(maxsize=4096)
+def kinds(*strides: tuple[int, ...]) -> tuple[int, ...]:
+    """What triton specialises of strides, and descriptors ask of them: powers of two that divide them, 1, 0, width."""
+    return tuple((64 if x == 1 else min(x & -x, ALIGNED)) + 128 * (x >= 2**31) for stride in strides for x in stride)
