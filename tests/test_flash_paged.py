@@ -15,7 +15,7 @@ from torch import Tensor
 
 from longspan import spec
 from longspan.backends import Unsupported, flash
-from longspan.backends.flash import paged
+from longspan.backends.flash import paged_launch
 from longspan.backends.flash.decode_choices import PagedChoice, PagedKey, choose_paged
 from longspan.laws.budget import attention_bounds, worst
 from longspan.spec import AttentionState, masks
@@ -45,7 +45,7 @@ def cut(choice: PagedChoice) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         fits = choice.descriptors and choice.tile_n
         patch.setattr(
-            paged,
+            paged_launch,
             "choose_paged",
             lambda key: replace(choice, descriptors=key.descriptors and bool(fits) and key.page % fits == 0),
         )

@@ -20,12 +20,12 @@ from .tiles import cut_start
 @triton.jit
 def plan(
     q_lengths, lengths, q_lengths_s, lengths_s, b, tokens, group, reach, capacity, wanted, least,
-    B: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    B: tl.constexpr, M: tl.constexpr, N: tl.constexpr, ONE: tl.constexpr,
 ):  # fmt: skip
     """Cut all sequences up: first query, row tiles and parts of a row tile of each, [B] all of them.
 
     reach: keys that a row tile sees at most. capacity: keys that a row of the table holds. wanted: about how many
-    programs a key head shall have. least: key tiles of a part.
+    programs a key head shall have. least: key tiles of a part. ONE: there is one row tile.
     """
     s = tl.arange(0, B)
     queries = tl.maximum(tl.load(q_lengths + s * q_lengths_s, mask=s < b, other=0).to(tl.int32), 0)
@@ -39,11 +39,12 @@ def plan(
     whole = tl.sum(tiles.to(tl.int64) * cost, 0)
     size = tl.maximum(tl.cdiv(whole, wanted), least)
     parts = tl.maximum(tl.cdiv(cost, size), 1).to(tl.int32)
-    total = tl.sum(tiles * parts, 0)
-    # Rounded up sequence by sequence, that may just exceed a wave, which fewer and larger parts would fill. Without a
-    # branch: beside one, triton 3.7 no longer pipelines the loads of the kernel.
-    larger = tl.maximum(tl.cdiv(cost, size * tl.cdiv(total, wanted)), 1).to(tl.int32)
-    parts = tl.where(duration(tiles, cost, larger, wanted) < duration(tiles, cost, parts, wanted), larger, parts)
+    if not ONE:
+        total = tl.sum(tiles * parts, 0)
+        # Rounded up sequence by sequence, that may just exceed a wave, which fewer and larger parts would fill. Without
+        # a branch: beside one, triton 3.7 no longer pipelines the loads of the kernel.
+        larger = tl.maximum(tl.cdiv(cost, size * tl.cdiv(total, wanted)), 1).to(tl.int32)
+        parts = tl.where(duration(tiles, cost, larger, wanted) < duration(tiles, cost, parts, wanted), larger, parts)
     return start, tiles, parts
 
 
@@ -87,6 +88,21 @@ def within(stands, first, last, size):
     """Keep to the chunk in which a query stands."""
     begin = tl.maximum(stands, 0) // size * size
     return tl.maximum(first, begin), tl.where(stands < 0, 0, tl.minimum(last, begin + size))
+
+
+@triton.jit
+def prefetch(table, table_b, table_t, line, b, width):
+    """Bring a line of the table into the L2 cache, while the plan is made that says which entries are wanted.
+
+    Every program brings one of 32 entries: together what 8000 and more pages take, whoever needs them.
+    """
+    lines = tl.maximum((width + 31) // 32, 1)
+    row = line // lines
+    at = table + row.to(tl.int64) * table_b + (line % lines * 32).to(tl.int64) * table_t
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.b32 $0, 0; }", "=r,l,r",
+        [at.to(tl.int64), ((row < b) & (width > 0)).to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -155,17 +171,18 @@ def paged_kernel(  # noqa: C901, PLR0915 - a flag is compiled away
     WHOLE_D: tl.constexpr, WHOLE_D2: tl.constexpr, WHOLE_E: tl.constexpr, PAGE: tl.constexpr,
     PREFIX: tl.constexpr, CHUNKS: tl.constexpr, KEEP: tl.constexpr, SOFTCAP: tl.constexpr, SINK: tl.constexpr,
     ALIBI: tl.constexpr, NEGATIVE: tl.constexpr, SHARED: tl.constexpr, DESCRIPTOR: tl.constexpr, FAR: tl.constexpr,
-    EARLY: tl.constexpr, INTERPRET: tl.constexpr,
+    ONE: tl.constexpr, EARLY: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Attend from one row tile of one sequence and key head to one part of the keys that it sees."""
     if EARLY:
         gdc_wait()  # this kernel, too, is launched before what precedes it is done
         gdc_launch_dependents()
+        prefetch(table, table_b, table_t, tl.program_id(0), b, capacity // PAGE)
     heads_of_keys = h // group
     key_head = (tl.program_id(0) % heads_of_keys).to(tl.int64)
     item = tl.program_id(0) // heads_of_keys
     starts, tiles, splits = plan(
-        q_lengths, lengths, q_lengths_s, lengths_s, b, tokens, group, reach, capacity, wanted, least, B, M, N
+        q_lengths, lengths, q_lengths_s, lengths_s, b, tokens, group, reach, capacity, wanted, least, B, M, N, ONE
     )
     each = tiles * splits
     sequence, before = locate(item, each)
@@ -294,7 +311,7 @@ def paged_merge_kernel(
     q_lengths, lengths, parts, logs, sink, out, lse, q_lengths_s, lengths_s,
     b, tokens, h, group, e, reach, capacity, wanted, least,
     B: tl.constexpr, M: tl.constexpr, N: tl.constexpr, S: tl.constexpr, BLOCK: tl.constexpr, E: tl.constexpr,
-    SINK: tl.constexpr, WAIT: tl.constexpr,
+    SINK: tl.constexpr, ONE: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
     """Merge the parts of one row of a row tile that has several, and add its sink."""
     heads_of_keys = h // group
@@ -302,7 +319,7 @@ def paged_merge_kernel(
     key_head = (tl.program_id(0) // M % heads_of_keys).to(tl.int64)
     index = tl.program_id(0) // M // heads_of_keys
     starts, tiles, splits = plan(
-        q_lengths, lengths, q_lengths_s, lengths_s, b, tokens, group, reach, capacity, wanted, least, B, M, N
+        q_lengths, lengths, q_lengths_s, lengths_s, b, tokens, group, reach, capacity, wanted, least, B, M, N, ONE
     )
     sequence, before = locate(index, tl.where(splits > 1, tiles, 0))
     if WAIT:
