@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..flash.backward import launch_queries
 from ..flash.launch import LOG2_E, per_sequence
-from ..flash.lowering import all_seen
+from ..flash.reach import all_seen
 from ..flash.sight import sight
 from .backward_kernel import backward_kernel
 from .backward_passes import finish_kernel, prepare_kernel

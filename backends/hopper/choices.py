@@ -10,7 +10,7 @@ from torch import Tensor
 
 from longspan.autotune import Asked, Lookup, Values, checked
 
-from ..flash.lowering import all_seen
+from ..flash.reach import all_seen
 from .gluon import gl
 from .launch import SOURCES, Call, padded
 
