@@ -1,5 +1,6 @@
 """Few queries and pages in `hopper`: which kernels serve, what is served, and that gradients come from either kind."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -84,6 +85,21 @@ def test_pages_of_float32_are_declined_before_they_are_read() -> None:
         spec.attention_paged(*(x.double() if x.is_floating_point() else x for x in half)),
     )
     torch.testing.assert_close(found.out.double(), truth.out, rtol=2e-3, atol=2e-3)
+
+
+def test_few_queries_go_the_way_that_keeps_launches_but_for_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OnGpu(SimpleNamespace):
+        """As much of heads as the question takes, on a GPU."""
+
+    monkeypatch.setattr(attention, "watched", lambda *x: any(one.requires_grad for one in x))
+    q, k = (
+        OnGpu(device=torch.device("cuda"), dtype=torch.bfloat16, ndim=4, shape=shape, requires_grad=False)
+        for shape in ((1, 4, 1, 64), (1, 2, 900, 64))
+    )
+    assert attention.few_alone(q, k, k, None, None)
+    for change in ({"dtype": torch.float32}, {"ndim": 3}, {"requires_grad": True}, {"device": torch.device("cpu")}):
+        assert not attention.few_alone(OnGpu(**{**vars(q), **change}), k, k, None, None)
+    assert not attention.few_alone(OnGpu(**{**vars(q), "shape": (1, 4, 300, 64)}), k, k, None, None)
 
 
 @needs_hopper

@@ -6,6 +6,7 @@ Shapes: b batch, h query heads, g key heads, m queries, n keys, d head dimension
 """
 
 import math
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Final
 
@@ -20,11 +21,12 @@ from longspan.spec.masks import Mask, documents, everything
 
 from ..flash import decode, paged
 from ..flash.attention import asked, contiguous, one_batch
+from ..flash.attention import attention as attention_of_few
 from ..flash.autograd import revealed
 from ..flash.launch import Again
 from ..flash.lowering import lower
 from ..flash.plan import Sightings, memory, recall, remember
-from ..flash.rope_function import PLAIN, transformed
+from ..flash.rope_function import PLAIN, transformed, watched
 from ..flash.rope_kernel import on
 from ..registry import Unsupported
 from .function import attend, call_of, launch_call
@@ -76,6 +78,12 @@ def attention(
         ValueError: For what means nothing, as the specification.
         Unsupported: For what `declines_attention` names.
     """
+    if few_alone(q, k, v, sink, alibi):
+        with suppress(Unsupported):  # which is said below, in this backend's name
+            return attention_of_few(
+                q, k, v, mask=mask, scale=scale, softcap=softcap, sink=sink, alibi=alibi, q_offset=q_offset,
+                k_offset=k_offset, out_dtype=out_dtype,
+            )  # fmt: skip
     key = asked(q, k, v, mask, scale, softcap, sink, alibi, q_offset, k_offset, out_dtype)
     if key is not None and (again := recall(REPEATED, key)) is not None:
         with on(q.device):
@@ -102,6 +110,15 @@ def attention(
     if call.wanted and call.again is not None:
         remember(REPEATED, key, call.again)
     return state
+
+
+def few_alone(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, alibi: Tensor | None) -> bool:
+    """Whether queries are few, and nobody watches who could ask for a gradient: `flash` launches these from plans."""
+    return (
+        q.device.type == "cuda" and q.dtype in DTYPES and q.ndim == k.ndim == v.ndim == 4
+        and not torch.compiler.is_compiling() and decode.few(q, k, v)
+        and not watched(q, k, v, *(x for x in (sink, alibi) if x is not None))
+    )  # fmt: skip
 
 
 def declines_attention(
