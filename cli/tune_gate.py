@@ -18,10 +18,11 @@ from torch import Tensor
 from longspan.autotune import Case, Family
 from longspan.backends import Backend
 from longspan.laws import Attention, Bound, Rotate, attention_bounds, worst
-from longspan.laws.caches import PAGES, pages_are_gathered_keys
+from longspan.laws.caches import PAGES, appending_is_concatenation, pages_are_gathered_keys
 from longspan.laws.problems import Inputs
 from longspan.laws.rotation import queries_and_keys_turn_alike
-from longspan.spec import bounds, masks
+from longspan.laws.states import merged_bound
+from longspan.spec import AttentionState, bounds, masks
 
 STRETCH: Final = 48  # queries of a long problem that are checked together
 OPTIONS: Final = ("scale", "softcap", "sink", "alibi", "out_dtype")  # of attention, that a problem may have
@@ -208,17 +209,42 @@ def attention_paged(backend: Backend, case: Case, device: str, *, whole: bool) -
 
 def rotate_qk(backend: Backend, case: Case, device: str, *, whole: bool) -> Iterator[float]:
     """Check turned queries and keys, far out; numbers of tokens are multiples of sixteen, as the tuned ones."""
-    sizes = {name: int(value) for name, value in case.problem.items()}
-    h, g, m, d = (sizes[name] for name in ("h", "g", "m", "d"))
+    h, g, m, d = (int(case.problem[name]) for name in ("h", "g", "m", "d"))
+    if case.problem.get("appended"):
+        cached = Attention(h=h, g=g, m=1, n=48, d=d, e=d, dtype="bfloat16", storage="bmhd", seed=1)
+        with poisoned():
+            yield appending_is_concatenation(backend, cached, device)
+        return
     storage = "bmhd" if case.problem["inside"] else "bhmd"
-    one = Rotate(b=1, h=h, g=g, m=208, d=d, planes=d // 2, dtype="bfloat16", largest=2**31, storage=storage, seed=1)
+    more: Any = {name: case.problem[name] for name in ("pairing", "rows", "position") if name in case.problem}
+    one = Rotate(
+        b=1, h=h, g=g, m=208, d=d, planes=d // 2, dtype="bfloat16", largest=2**31, storage=storage, seed=1, **more
+    )
     three = replace(one, b=3, m=48, largest=2**20, seed=2)
     for problem in (replace(one, m=min(m, 4096), seed=3),) if whole else (one, three):
         with poisoned():
             yield queries_and_keys_turn_alike(backend, problem, device)
 
 
+def merge(backend: Backend, case: Case, device: str, *, whole: bool) -> Iterator[float]:
+    """Check a merge of parts, some of whose rows saw no key."""
+    h, m, e = (int(case.problem[name]) for name in ("h", "m", "e"))
+    # Rows are multiples of sixteen where the tuned ones are: Triton compiles the same code for both.
+    shape = (1, h, m, e) if whole else (1, 3, 208 if m % 16 == 0 else 67, e)
+    draw, states = torch.Generator(device).manual_seed(5), []
+    for _ in range(int(case.problem["parts"])):
+        out = torch.randn(shape, generator=draw, device=device).to(getattr(torch, str(case.problem["dtype"])))
+        lse = 10 * torch.randn(shape[:3], generator=draw, device=device)
+        empty = torch.rand(shape[:3], generator=draw, device=device) < 0.25
+        states.append(AttentionState(out.masked_fill(empty[..., None], 0.0), lse.masked_fill(empty, -torch.inf)))
+    with poisoned():
+        state = backend.merge(*states)
+    for rows in (slice(0, STRETCH), slice(-STRETCH, None)) if whole else (slice(None),):
+        bound = merged_bound([AttentionState(one.out[:, :, rows], one.lse[:, :, rows]) for one in states])
+        yield max(worst("out", state.out[:, :, rows], bound["out"]), worst("lse", state.lse[:, :, rows], bound["lse"]))
+
+
 CHECKS: Final[dict[str, Callable[..., Iterator[float]]]] = {
     "attention": attention, "attention_backward": attention_backward, "attention_few": attention_few,
-    "attention_paged": attention_paged, "rotate_qk": rotate_qk,
+    "attention_paged": attention_paged, "rotate_qk": rotate_qk, "merge": merge,
 }  # fmt: skip

@@ -18,7 +18,7 @@ from longspan.autotune.digest import digest
 from longspan.autotune.family import canonical, families, imported
 from longspan.autotune.pool import Pool, every
 from longspan.backends import flash
-from longspan.backends.flash import choices, decode_choices, rope_choices
+from longspan.backends.flash import choices, decode_choices, merge_choices, rope_choices
 from longspan.backends.flash.choices import Key, choose, heuristic
 from longspan.backends.flash.fitting import fitting
 from longspan.cli import tune_gate
@@ -54,6 +54,13 @@ SMALL: dict[str, tuple[Case, dict[str, Any]]] = {
         ),
         {"tokens": 16, "heads": 2, "split": 1, "num_warps": 1},
     ),
+    "flash.merge": (
+        Case(
+            key={"parts": 4, "columns": 16, "itemsize": 4},
+            problem={"b": 1, "h": 2, "m": 32, "e": 16, "parts": 3, "dtype": "float32"}, variant={},
+        ),
+        {"rows": 16, "num_warps": 1},
+    ),
 }  # fmt: skip
 
 
@@ -79,6 +86,31 @@ def test_kernels_pass_the_gate_under_a_choice_that_is_not_the_heuristics(name: s
     case, choice = SMALL[name]
     with override({name: choice}):
         assert 0 < tune_gate.gate(FAMILIES[name], case, DEVICE, whole=whole) <= 1
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_relatives_are_problems_that_the_gate_can_pose(name: str) -> None:
+    family = replace(FAMILIES[name], backend="longspan.backends.eager")
+    few = name in {"flash.few", "flash.paged"}
+    small = {"h": 2, "g": 1, "m": 3 if few else 64, "d": 16, "n": 200, "e": 16}
+    for case in {one.variant.get("mask", ""): one for one in family.cases("sm_90")}.values():
+        related = family.relatives(case, "sm_90")
+        assert related
+        for one in (case, *related):
+            assert one.key == case.key
+            problem = {x: small.get(x, value) for x, value in one.problem.items()}
+            tried = Case(key=one.key, problem=problem, variant=one.variant)
+            assert 0 < tune_gate.gate(family, tried, "cpu", whole=False) <= 1
+        assert (
+            0
+            < tune_gate.gate(
+                family,
+                Case(key=case.key, problem={x: small.get(x, value) for x, value in case.problem.items()}, variant={}),
+                "cpu",
+                whole=True,
+            )
+            <= 1
+        )
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -158,7 +190,7 @@ def test_a_models_layers_say_what_is_tuned() -> None:
     found = launched(config, 131072, pick(FAMILIES, ["flash"]), "sm_90")
     assert {name: len(cases) for name, cases in found.items()} == {
         "flash.forward": 1, "flash.backward_keys": 1, "flash.backward_queries": 1, "flash.few": 1, "flash.paged": 1,
-        "flash.rotate": 2,
+        "flash.rotate": 2, "flash.merge": 0,
     }  # fmt: skip
     (case,) = found["flash.forward"]
     assert case.key == {"width": 128, "itemsize": 2, "masked": True, "descriptors": True}
@@ -178,6 +210,10 @@ def test_a_models_layers_say_what_is_tuned() -> None:
     + [
         (rope_choices.build, None, {"tokens": 16, "heads": 2, "split": 1, "num_warps": 1}, changed)
         for changed in ({"tokens": 12}, {"heads": 0}, {"split": 0}, {"num_warps": 1.0})
+    ]
+    + [
+        (merge_choices.build, None, {"rows": 16, "num_warps": 4}, changed)
+        for changed in ({"rows": 12}, {"num_warps": 0})
     ],
 )
 def test_numbers_that_triton_does_not_take_are_no_choice(

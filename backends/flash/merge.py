@@ -18,10 +18,11 @@ from torch import Tensor
 from longspan.spec import AttentionState
 from longspan.spec.state import check_sink, check_states, weights
 
+from .merge_choices import choose_merge
 from .plan import planned
 from .rope import declines_heads, serve
 from .rope_function import PLAIN, fold, watched
-from .rope_kernel import INTERPRETED, on, power_of_two
+from .rope_kernel import on, power_of_two
 
 AT_ONCE: Final = 16  # parts of one launch; a kernel is compiled for each number of them
 
@@ -199,13 +200,12 @@ def launch(
     lse = torch.empty((b, h, m), dtype=torch.float32, device=out.device)
     if lse.numel() == 0:
         return out, lse
-    block_c = power_of_two(e)
-    block_r = 256 if INTERPRETED else max(1, min(16, 2048 // block_c))  # interpreted, a tile of any size costs the same
     with on(out.device):
-        merge_kernel[(-(-b * h * m // block_r),)](
+        choice = choose_merge(len(outs), e, outs[0].element_size())
+        merge_kernel[(-(-b * h * m // choice.rows),)](
             tuple(outs), tuple(lses), sink, out, lse, b * h * m, h, m,
             tuple(one.stride()[:3] for one in outs), tuple(one.stride() for one in lses),
             *((0, 0) if sink is None else sink.stride()), out.stride()[:3],
-            N=len(outs), E=e, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=4,
+            N=len(outs), E=e, BLOCK_R=choice.rows, BLOCK_C=power_of_two(e), num_warps=choice.num_warps,
         )  # fmt: skip
     return out, lse

@@ -7,7 +7,7 @@ Shapes: b batch, h query heads, g key heads, m tokens, d head dimension.
 
 from collections.abc import Callable, Iterator
 from itertools import product
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -15,8 +15,15 @@ from longspan.autotune import Case, Family, Values
 from longspan.spec import inv_freq
 
 from . import rope_kernel
-from .attention_families import draw, neighbourly
+from .attention_families import draw, neighbourly, relatives
 from .rope_choices import SOURCES, power_of_two, rope_by_rule
+
+# What else a key serves; `append_` turns new keys under the same choice.
+OTHERS: Final = {
+    "interleaved": {"pairing": "interleaved", "rows": True},
+    "axes": {"position": "abm"},
+    "appended": {"appended": True},
+}  # fmt: skip
 
 
 def case(h: int, g: int, d: int, m: int, *, inside: bool) -> Case:
@@ -67,8 +74,7 @@ def space(case: Case, arch: str) -> Iterator[Values]:
 
 def prepare(case: Case, device: str, fill: bool) -> Callable[[], Any]:
     """Turn queries and keys by one launch."""
-    sizes = {name: int(value) for name, value in case.problem.items()}
-    b, h, g, m, d = (sizes[name] for name in ("b", "h", "g", "m", "d"))
+    b, h, g, m, d = (int(case.problem[name]) for name in ("b", "h", "g", "m", "d"))
     given = [draw((b, heads, m, d), device, fill, seed) for seed, heads in enumerate((h, g))]
     if not case.problem["inside"]:
         given = [x.contiguous() for x in given]
@@ -87,5 +93,5 @@ def rotate() -> Family:
     return Family(
         name="flash.rotate", operation="rotate_qk", backend="longspan.backends.flash", sources=SOURCES["flash.rotate"],
         cases=cases, space=lambda case, arch: list(space(case, arch)), heuristic=heuristic, prepare=prepare,
-        cost=neighbourly(heuristic), sized=sized,
+        cost=neighbourly(heuristic), sized=sized, relatives=lambda case, arch: relatives(case, OTHERS),  # noqa: ARG005
     )  # fmt: skip
