@@ -12,14 +12,16 @@ ALIGNED: Final = 16  # bytes: what the copy engine wants of addresses and stride
 LONGEST: Final = 2**30 - 1  # tokens: positions and their differences stay inside int32
 # What is compiled: a choice that was tuned for other code does not serve.
 SOURCES: Final[Mapping[str, tuple[str, ...]]] = {
-    "hopper.forward": ("longspan.backends.hopper.forward_kernel:forward_kernel",),
+    "hopper.forward": (
+        "longspan.backends.hopper.forward_kernel:forward_kernel", "longspan.backends.hopper.spans:spans_kernel",
+    ),
     "hopper.backward": (
         "longspan.backends.hopper.backward_kernel:backward_kernel",
         "longspan.backends.hopper.backward_wide_kernel:backward_wide_kernel",
         "longspan.backends.hopper.backward_passes:prepare_kernel",
         "longspan.backends.hopper.backward_passes:finish_kernel",
     ),
-}
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
