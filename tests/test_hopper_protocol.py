@@ -30,8 +30,10 @@ CASES: list[tuple[int, int, str, dict[str, Any]]] = [
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[2]} {case[0]} {case[1]}")
 @pytest.mark.parametrize("warpgroups", [2, 3])
-@pytest.mark.parametrize("staged", [True, False])
-def test_partitions_agree(case: tuple[int, int, str, dict[str, Any]], warpgroups: int, staged: bool) -> None:
+@pytest.mark.parametrize(("staged", "held"), [(True, False), (False, True)])
+def test_partitions_agree(
+    case: tuple[int, int, str, dict[str, Any]], warpgroups: int, staged: bool, held: bool
+) -> None:
     m, n, source, options = case
     b, h, g, d, programs = 2, 2, 1, 64, 3
     torch.manual_seed(m * n)
@@ -48,7 +50,7 @@ def test_partitions_agree(case: tuple[int, int, str, dict[str, Any]], warpgroups
     form = forward.variant(call, q, k, v)
     everything = form.MASK == "none" or (source == "everything()" and n % 32 == 0)
     form = replace(
-        form, W=warpgroups, M=16, N=32, D=d, E=d, STAGES=2, STAGED=staged, REUSE=False,
+        form, W=warpgroups, M=16, N=32, ONCE=False, HELD=held, D=d, E=d, STAGES=2, STAGED=staged, REUSE=False,
         MASK="none" if everything else form.MASK if form.MASK != "none" else "affine",
     )  # fmt: skip
     count = -(-m // (form.W * form.M))

@@ -11,6 +11,7 @@ from longspan.spec import bounds, masks, visible
 
 tiles = pytest.importorskip("longspan.backends.hopper.tiles", exc_type=ImportError)
 spans = pytest.importorskip("longspan.backends.hopper.spans", exc_type=ImportError)
+choices = pytest.importorskip("longspan.backends.hopper.choices", exc_type=ImportError)
 launch = pytest.importorskip("longspan.backends.hopper.launch", exc_type=ImportError)
 lowering = pytest.importorskip("longspan.backends.flash.lowering", exc_type=ImportError)
 
@@ -50,6 +51,18 @@ def test_affine_masks_need_exactly_these_tiles_of_keys(data: st.DataObject) -> N
     if high > low:  # rows see something where there is anything, and what they see hangs together
         assert set(range(first, last)) == some or not some
     assert set(range(full_first, full_last)) == (whole & set(range(first, last)))
+
+
+@given(st.integers(1, 500), st.integers(-9, 9), st.integers(0, 1), st.integers(0, 700), st.sampled_from([64, 128]))
+def test_masks_that_cut_once_cut_the_last_tile_alone(m: int, whole: int, more: int, stop: int, size: int) -> None:
+    low, high = -m, whole * choices.TALL + 1 + more
+    once = choices.cut_once(m, low, high, stop, size)
+    assert not more or not once
+    assert once or more or stop < m - 1 + high
+    for row in range(0, m, choices.TALL):
+        first, last, full_first, full_last = tiles.keys_of.fn(row, m, low, high, stop, choices.TALL, size)
+        assert full_first == first
+        assert not once or last - full_last <= 1
 
 
 @given(st.lists(st.integers(0, 9), min_size=6, max_size=6).map(sorted), st.booleans())

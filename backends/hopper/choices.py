@@ -11,7 +11,7 @@ from torch import Tensor
 from longspan.autotune import Asked, Lookup, Values, checked
 
 from ..flash.reach import all_seen
-from .gluon import gl
+from .gluon import VERSION, gl
 from .launch import SOURCES, Call, padded
 
 
@@ -31,6 +31,7 @@ class Variant:
         HEADS: Heads whose tiles are computed side by side, sharing the L2 cache.
         MASK: ``none`` (every key is seen, and there are whole tiles of them), ``affine``, ``each`` (affine, with
             integers of each sequence) or ``rows``.
+        ONCE: Whether the mask cuts no other tile than the last that a warpgroup reads: a causal mask of whole tiles.
         LEFT: Whether the mask may hide keys on the left of those that a row sees.
         KEEP: Whether a head of keys stays visible beside the interval.
         DEAD: Whether keys that nobody sees, which may hold NaN, can lie in a tile that is read.
@@ -38,6 +39,8 @@ class Variant:
         BIASED: Whether scores are scaled, and lowered with the distance (ALiBi), before their maximum is known; else
             the scale is positive, and is part of the exponential.
         STAGED: Whether out leaves through shared memory; in float32 it leaves from registers.
+        HELD: Whether the queries of a tile stay in registers, which spares the tensor cores to read them once per tile
+            of keys.
         REUSE: Whether it leaves through that of the queries, where there is no room for more.
     """
 
@@ -51,6 +54,7 @@ class Variant:
     LOADER: int
     HEADS: int
     MASK: str
+    ONCE: bool
     LEFT: bool
     KEEP: bool
     DEAD: bool
@@ -58,6 +62,7 @@ class Variant:
     BIASED: bool
     STAGED: bool
     REUSE: bool
+    HELD: bool
 
     @property
     def SCORES(self) -> Any:  # noqa: N802 - named as the constants of the kernel
@@ -80,6 +85,14 @@ def widths(d: int, e: int) -> tuple[int, int]:
     if padded(d) == 256 and padded(e) <= 128:
         return 256, 128
     return max(padded(d), padded(e)), max(padded(d), padded(e))
+
+
+TALL: Final = 64  # queries of a warpgroup; every N is a multiple
+
+
+def cut_once(m: int, low: int, high: int, stop: int, keys: int) -> bool:
+    """Say whether an affine mask cuts no other tile than the last of those that a warpgroup reads."""
+    return low <= 1 - m and high % TALL == 1 and (stop >= m - 1 + high or stop % keys == 0)
 
 
 class Key(NamedTuple):
@@ -114,7 +127,7 @@ def tiles_by_rule(key: Key) -> Tiles:
     warpgroups = 3 if key.d == 64 else 2
     # Three warpgroups have 160 registers a thread: with more to do than a mask, half a tile's scores are what fits.
     keys = 64 if key.d == 256 or (key.d == 64 and key.rich) else 128
-    stages = 2 if key.d > 64 else 3 * 128 // keys
+    stages = 2 if key.d > 64 else 4 * 128 // keys
     return Tiles(warpgroups, keys, stages, 160 if warpgroups == 3 else 240, 32 if warpgroups == 3 else 24, 8)
 
 
@@ -145,11 +158,14 @@ def variant(call: Call, q: Tensor, k: Tensor, v: Tensor) -> Variant:
     tiles = TUNED(Key(d, e, masked=not everything, rich=rich))
     # The widest are staged where the queries were, whose dtype that place has.
     staged = call.out_dtype.itemsize == 2 and (e < 256 or call.out_dtype == q.dtype)
+    # With more to do than a mask the queries do not fit, and Triton 3.9 needs more registers for the same code.
+    held = d == e == 128 and tiles.W == 2 and not rich and VERSION < (3, 9)
     return Variant(
-        **tiles._asdict(), M=64, D=d, E=e,
+        **tiles._asdict(), M=TALL, D=d, E=e,
         MASK="none" if everything and n % tiles.N == 0 else mask,
+        ONCE=mask == "affine" and cut_once(m, low, high, stop, tiles.N),
         LEFT=mask != "affine" or low > 1 - m, KEEP=keep > 0,
         DEAD=dead,
         SOFTCAP=call.softcap is not None, BIASED=biased,
-        STAGED=staged, REUSE=staged and e == 256,
+        STAGED=staged, REUSE=staged and e == 256, HELD=held,
     )  # fmt: skip

@@ -164,11 +164,11 @@ def skip(it, count, bars, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def weigh(s, peak, column, seen, factors, cut, C: gl.constexpr):
+def weigh(s, peak, column, seen, factors, cut, CUT: gl.constexpr, C: gl.constexpr):
     """Turn ``q · k`` [M, N] into weights under the new peak of every row: ``(p, peak, rescale)``.
 
-    Only ``cut`` tiles may hold keys that a row does not see. A peak is finite at all times, so that -inf less the peak
-    is -inf, and a weight of 0.
+    Only ``cut`` tiles, if there are any (CUT), may hold keys that a row does not see. A peak is finite at all times, so
+    that -inf less the peak is -inf, and a weight of 0.
     """
     first, last, base, kept, stands, slope = seen
     scale, inner, outer = factors
@@ -185,7 +185,7 @@ def weigh(s, peak, column, seen, factors, cut, C: gl.constexpr):
         if not C.SOFTCAP:
             s = s * scale
         s -= slope * gl.abs((stands[:, None] - lane).to(gl.float32) - j.to(gl.float32))
-    if C.MASK != "none":  # noqa: SIM102 - known when it is compiled
+    if CUT:  # noqa: SIM102 - known when it is compiled
         if cut:
             hidden = j >= last[:, None] - lane
             if C.LEFT:
@@ -234,7 +234,7 @@ def clean(value, C: gl.constexpr):
 
 
 @gluon.jit
-def begin(it, column, query, keys, values, bars, seen, factors, C: gl.constexpr):
+def begin(it, column, query, keys, values, bars, seen, factors, MASKED: gl.constexpr, C: gl.constexpr):
     """Weigh the first tile of keys: nothing to rescale, and no values of a tile before it."""
     _, _, k_full, k_empty, v_full, _, _, _ = bars
     M: gl.constexpr = C.M
@@ -247,7 +247,7 @@ def begin(it, column, query, keys, values, bars, seen, factors, C: gl.constexpr)
     s = wait_for(0, deps=(s,))
     mbarrier.arrive(k_empty.index(slot), count=1)
     none = gl.full([M], LOWEST, gl.float32, gl.SliceLayout(1, C.SCORES))
-    p, peak, _ = weigh(s, none, column, seen, factors, True, C)
+    p, peak, _ = weigh(s, none, column, seen, factors, True, MASKED, C)
     if C.DEAD:
         mbarrier.wait(v_full.index(slot), phase)
         clean(values.index(slot), C)
@@ -256,7 +256,8 @@ def begin(it, column, query, keys, values, bars, seen, factors, C: gl.constexpr)
 
 @gluon.jit
 def absorb(
-    acc, weight, sums, peak, it, column, query, keys, values, bars, seen, factors, cut, C: gl.constexpr
+    acc, weight, sums, peak, it, column, query, keys, values, bars, seen, factors, cut,
+    CUT: gl.constexpr, C: gl.constexpr,
 ):  # fmt: skip
     """One step: scores of a tile of keys beside the values of the tile before it, then its weights."""
     _, _, k_full, k_empty, v_full, v_empty, _, _ = bars
@@ -272,14 +273,14 @@ def absorb(
     acc = warpgroup_mma(weight, values.index(slot_before).reshape([C.N, C.E]), acc, is_async=True)  # [M, E]
     s = wait_for(1, deps=(s,))
     mbarrier.arrive(k_empty.index(slot), count=1)
-    p, peak, rescale = weigh(s, peak, column, seen, factors, cut, C)
+    p, peak, rescale = weigh(s, peak, column, seen, factors, cut, CUT, C)
     by_row = gl.convert_layout(rescale, gl.SliceLayout(1, C.SUMS), assert_trivial=True)
     sums = sums * by_row[:, None] + partial_sums(p, C)
     acc = wait_for(0, deps=(acc,))
     mbarrier.arrive(v_empty.index(slot_before), count=1)
     acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, C.OUT), assert_trivial=True)[:, None]
     weight = gl.convert_layout(p.to(query.dtype), gl.DotOperandLayout(0, C.OUT, 2))
-    if C.DEAD:  # noqa: SIM102 - known when it is compiled
+    if CUT and C.DEAD:  # noqa: SIM102 - known when it is compiled
         if cut:
             mbarrier.wait(v_full.index(slot), phase)
             clean(values.index(slot), C)
@@ -388,7 +389,7 @@ def consume(  # noqa: PLR0915 - the schedule is one piece
     N: gl.constexpr = C.N
     E: gl.constexpr = C.E
     MASKED: gl.constexpr = C.MASK != "none"
-    query = queries.index(w).reshape([M, C.D])
+    CUT: gl.constexpr = C.MASK != "none" and not C.ONCE
     index = gl.program_id(0)
     it = 0
     parity = 0
@@ -406,11 +407,15 @@ def consume(  # noqa: PLR0915 - the schedule is one piece
             it = skip(it, last - own_last, bars, C.STAGES)
 
         mbarrier.wait(q_full.index(w), parity)
+        query = queries.index(w).reshape([M, C.D])
+        if C.HELD:
+            query = query.load(gl.DotOperandLayout(0, C.SCORES, 2))
+            mbarrier.arrive(q_empty.index(w), count=1)
         column = next_column(0, own_first, own_last, head_last, C)
-        weight, sums, peak = begin(it, column, query, keys, values, bars, seen, factors, C)
+        weight, sums, peak = begin(it, column, query, keys, values, bars, seen, factors, MASKED, C)
         acc = gl.zeros([M, E], gl.float32, C.OUT)
         # One loop, in which tiles that the mask cuts take a branch: weights that go from one loop to another would be
-        # unpacked and packed again in every step of both.
+        # unpacked and packed again in every step of both. Where no other tile than the first is cut there is no branch.
         right = max(own_last - full_last, 1)
         left = max(own_last - full_first, right)
         for t in range(1, end):
@@ -419,9 +424,9 @@ def consume(  # noqa: PLR0915 - the schedule is one piece
             if C.LEFT:
                 cut = cut | (t >= left)
             acc, weight, sums, peak, it = absorb(
-                acc, weight, sums, peak, it, column, query, keys, values, bars, seen, factors, cut, C
+                acc, weight, sums, peak, it, column, query, keys, values, bars, seen, factors, cut, CUT, C
             )
-        if not C.REUSE:
+        if not C.REUSE and not C.HELD:
             mbarrier.arrive(q_empty.index(w), count=1)
         slot, phase = turn(it, C.STAGES)
         mbarrier.wait(v_full.index(slot), phase)
