@@ -146,11 +146,11 @@ def mask_of(case: Case, q: Tensor, k: Tensor) -> masks.Mask:
 
 def posed(case: Case, problem: Attention, device: str, *, gradient: bool) -> tuple[Inputs, dict[str, Bound]]:
     """Draw a problem and bound its results; all choices of a key meet the same, and winners alone its relatives."""
-    return (drawn_once.__wrapped__ if "features" in case.variant else drawn_once)(problem, device, gradient)
+    return (drawn_once.__wrapped__ if "features" in case.variant else drawn_once)(problem, device, gradient=gradient)
 
 
 @lru_cache(maxsize=128)
-def drawn_once(problem: Attention, device: str, gradient: bool) -> tuple[Inputs, dict[str, Bound]]:
+def drawn_once(problem: Attention, device: str, *, gradient: bool) -> tuple[Inputs, dict[str, Bound]]:
     """Draw a problem and bound its results."""
     of = problem.inputs(device)
     return of, attention_bounds(*of.arguments, d_out=of.d_out if gradient else None, **of.options)
