@@ -50,7 +50,8 @@ def test_partitions_agree(
     form = forward.variant(call, q, k, v)
     everything = form.MASK == "none" or (source == "everything()" and n % 32 == 0)
     form = replace(
-        form, W=warpgroups, M=16, N=32, ONCE=False, HELD=held, D=d, E=d, STAGES=2, STAGED=staged, REUSE=False,
+        form, W=warpgroups, M=16, N=32, ONCE=False, D=d, E=d, STAGES=2, STAGED=staged, REUSE=False,
+        HELD=held, OVERLAP=held,
         MASK="none" if everything else form.MASK if form.MASK != "none" else "affine",
     )  # fmt: skip
     count = -(-m // (form.W * form.M))

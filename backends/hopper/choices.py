@@ -41,6 +41,7 @@ class Variant:
         STAGED: Whether out leaves through shared memory; in float32 it leaves from registers.
         HELD: Whether the queries of a tile stay in registers, which spares the tensor cores to read them once per tile
             of keys.
+        OVERLAP: Whether the exponentials of a tile come before the wait for the values of the tile before it.
         REUSE: Whether it leaves through that of the queries, where there is no room for more.
     """
 
@@ -63,6 +64,7 @@ class Variant:
     STAGED: bool
     REUSE: bool
     HELD: bool
+    OVERLAP: bool
 
     @property
     def SCORES(self) -> Any:  # noqa: N802 - named as the constants of the kernel
@@ -137,8 +139,11 @@ def asked(key: Key) -> Asked:
 
 
 def build(_: Key, values: Values) -> Tiles:
-    """Make tiles of a row's."""
+    """Make tiles of a row's; see `cut_once` for the least N, and a ring of one tile would wait for itself."""
     made: Any = dict(checked(values, ("N",), ("W", "STAGES", "REGISTERS", "LOADER", "HEADS")))
+    if made["N"] < TALL or made["STAGES"] < LEAST or made["W"] not in WARPGROUPS:
+        msg = f"tiles must have {TALL} keys, {LEAST} stages and {WARPGROUPS} warpgroups or more, got {made}"
+        raise ValueError(msg)
     return Tiles(**made)
 
 
@@ -160,12 +165,14 @@ def variant(call: Call, q: Tensor, k: Tensor, v: Tensor) -> Variant:
     staged = call.out_dtype.itemsize == 2 and (e < 256 or call.out_dtype == q.dtype)
     # With more to do than a mask the queries do not fit, and Triton 3.9 needs more registers for the same code.
     held = d == e == 128 and tiles.W == 2 and not rich and VERSION < (3, 9)
+    whole = everything and n % tiles.N == 0
     return Variant(
         **tiles._asdict(), M=TALL, D=d, E=e,
-        MASK="none" if everything and n % tiles.N == 0 else mask,
+        MASK="none" if whole else mask,
         ONCE=mask == "affine" and cut_once(m, low, high, stop, tiles.N),
         LEFT=mask != "affine" or low > 1 - m, KEEP=keep > 0,
         DEAD=dead,
         SOFTCAP=call.softcap is not None, BIASED=biased,
         STAGED=staged, REUSE=staged and e == 256, HELD=held,
+        OVERLAP=tiles.W == 3 and whole,
     )  # fmt: skip

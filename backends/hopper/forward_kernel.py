@@ -276,6 +276,9 @@ def absorb(
     p, peak, rescale = weigh(s, peak, column, seen, factors, cut, CUT, C)
     by_row = gl.convert_layout(rescale, gl.SliceLayout(1, C.SUMS), assert_trivial=True)
     sums = sums * by_row[:, None] + partial_sums(p, C)
+    if C.OVERLAP:
+        # Passed already. It ends a block of instructions, across which ptxas moves no exponential to after the wait.
+        mbarrier.wait(v_full.index(slot_before), phase_before)
     acc = wait_for(0, deps=(acc,))
     mbarrier.arrive(v_empty.index(slot_before), count=1)
     acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, C.OUT), assert_trivial=True)[:, None]
