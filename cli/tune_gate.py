@@ -116,11 +116,12 @@ def gradients(backend: Backend, given: tuple[Tensor, ...], d_out: Tensor, option
 
 def problems(case: Case) -> list[Attention]:
     """Small ragged problems, of the heads that are tuned so that they run the very code that is timed."""
-    sizes, step = case.problem, int(case.problem.get("step", 1))  # which divides the keys, where kernels need it
+    # A step divides the keys where kernels need it; 64, the keys beyond the queries, but for a shift.
+    sizes, step, shift = case.problem, int(case.problem.get("step", 1)), int(case.problem.get("shift", 0))
     h, d = int(sizes["h"]), int(sizes["d"])
     g, e = int(sizes.get("g", h)), int(sizes.get("e", d))
     given: dict[str, Any] = {"h": h, "g": g, "d": d, "e": e, "dtype": str(sizes.get("dtype", "bfloat16"))}
-    ragged = drawn(case, b=2, m=197, n=-(-333 // step) * step, storage="bmhd", seed=1, **given)
+    ragged = drawn(case, b=2, m=197, n=-(-(325 + shift) // step) * step, storage="bmhd", seed=1, **given)
     return [ragged, drawn(case, b=1, m=70, n=-(-70 // step) * step, amplitude=3.0, needle=True, storage="bmhd", seed=2,
                           **given)]  # fmt: skip
 

@@ -55,11 +55,16 @@ def test_a_choice_in_force_is_what_is_launched() -> None:
     assert choices.TUNED(key) == choices.tiles_by_rule(key)
     with pytest.raises(ValueError, match="N must be a power of two"):
         choices.build(key, {**tiles, "N": 96})
+    for changed in ({"N": 32}, {"STAGES": 1}, {"W": 4}):
+        with pytest.raises(ValueError, match="tiles must have 64 keys and 2 stages"):
+            choices.build(key, {**tiles, **changed})
     with pytest.raises(TypeError, match="LANES"):
         choices.build(key, {**tiles, "LANES": 1})
     backward_key = backward_choices.Key(64, 64, plain=True, even=False)
     with override({"hopper.backward": {**backward_choices.by_rule(backward_key)._asdict(), "stages": 3}}):
         assert backward_choices.TUNED(backward_key).stages == 3
+    with pytest.raises(ValueError, match="2 stages at least"):
+        backward_choices.build(backward_key, {**backward_choices.by_rule(backward_key)._asdict(), "stages": 1})
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_100", "gfx942"])

@@ -47,8 +47,11 @@ def asked(key: Key) -> Asked:
 
 
 def build(_: Key, values: Values) -> Choice:
-    """Make a choice of a row's."""
+    """Make a choice of a row's; a ring of one tile would wait for itself."""
     made: Any = dict(checked(values, ("tile_m", "tile_n"), ("stages", "together")))
+    if made["stages"] == 1:
+        msg = f"the ring of queries must have 2 stages at least, got {made}"
+        raise ValueError(msg)
     return Choice(**made)
 
 

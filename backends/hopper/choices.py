@@ -141,8 +141,8 @@ def asked(key: Key) -> Asked:
 def build(_: Key, values: Values) -> Tiles:
     """Make tiles of a row's; see `cut_once` for the least N, and a ring of one tile would wait for itself."""
     made: Any = dict(checked(values, ("N",), ("W", "STAGES", "REGISTERS", "LOADER", "HEADS")))
-    if made["N"] < TALL or made["STAGES"] < LEAST or made["W"] not in WARPGROUPS:
-        msg = f"tiles must have {TALL} keys, {LEAST} stages and {WARPGROUPS} warpgroups or more, got {made}"
+    if made["N"] < TALL or made["STAGES"] == 1 or made["W"] not in {2, 3}:
+        msg = f"tiles must have {TALL} keys and 2 stages at least, and 2 or 3 warpgroups, got {made}"
         raise ValueError(msg)
     return Tiles(**made)
 

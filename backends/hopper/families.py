@@ -26,10 +26,12 @@ STEP: Final = 128  # keys of the longest tile: where it divides all, the kernel 
 
 # What else a key serves; see `flash.attention_families`.
 FORWARD: Final = {
-    "causal": {"window": {"mask": "causal() & window({n} // 2)", "sink": 1.0, "out_dtype": "float32"}},
+    "causal": {
+        "window": {"mask": "causal() & window({n} // 2)", "sink": 1.0, "out_dtype": "float32"}, "shifted": {"shift": 8},
+    },
     "everything": {"ragged": {"m": TOKENS - 2, "step": 1, "sink": 1.0}},
     "documents": CAUSAL,
-}
+}  # fmt: skip
 BACKWARD: Final = {
     "causal": {"lengths": {**CAUSAL["lengths"], "alibi": 0.5}, "window": FORWARD["causal"]["window"]},
     "everything": {"ragged": {"m": TOKENS - 2, "step": 1, "sink": 1.0, "alibi": 0.5}},
@@ -94,8 +96,8 @@ def space(kernel: str, case: Case) -> Iterator[Values]:
     """Choices beside the one that serves; what does not fit the machine, its compilation says."""
     untuned, d = start(kernel, case), int(case.key["d"])
     if kernel == "forward":
-        keys, groups = {64: (64, 128), 128: (64, 128), 256: (32, 64)}[d], (2, 3) if d < 256 else (2,)
-        for w, n, depth, heads in product(groups, keys, (1, 2, 3, 4), (4, 8, 16)):
+        keys, groups = ((64, 128), (2, 3)) if d < 256 else ((64,), (2,))
+        for w, n, depth, heads in product(groups, keys, (1, 2, 3, 4), (4, 8, 16) if d < 256 else (2, 4, 8, 16, 32)):
             stages = depth * (128 // n) if d == 64 else depth
             registers, loader = (240, 24) if w == 2 else (160, 32)
             # Deeper rings than the machine's shared memory need no compilation to be refused.
