@@ -105,10 +105,12 @@ def space(kernel: str, case: Case) -> Iterator[Values]:
                 yield {**untuned, "W": w, "N": n, "STAGES": stages, "REGISTERS": registers, "LOADER": loader,
                        "HEADS": heads}  # fmt: skip
         return
-    rows = (64,) if max(d, int(case.key["e"])) > 128 else (64, 128)
+    wide = max(d, int(case.key["e"])) > 128
+    stays = (False,) if wide or "persistent" not in untuned else (False, True)
     # Not one stage: the next scores are begun before a tile is given back, and would wait for ever.
-    for m, stages, together in product(rows, (2, 3, 4), (2, 4, 8, 16, 32)):
-        yield {**untuned, "tile_m": m, "stages": stages, "together": together}
+    for m, stages, together, stay in product((64,) if wide else (64, 128), (2, 3, 4), (4, 8, 16), stays):
+        choice = {**untuned, "tile_m": m, "stages": stages, "together": together, "persistent": stay}
+        yield {name: choice[name] for name in untuned}
 
 
 def related(kernel: str, case: Case) -> list[Case]:
