@@ -12,6 +12,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from . import decode
+from .choices import SHORT
 from .decode_choices import LEAST
 from .kin import LONGEST, NEAR, kinds
 from .launch import Again, Call
@@ -73,7 +74,7 @@ def form(
     few = decode.few(q, k, v)
     seen = low <= 0 and m - 1 + high >= n and stop >= n
     return (
-        (m, -(-n // LEAST)) if few else (low <= 1 - m and high >= n and stop >= n),
+        (m, -(-n // LEAST)) if few else (n <= SHORT, low <= 1 - m and high >= n and stop >= n),
         each or not seen,
         each and q_offset is None,  # where the kernel that lowers finds the queries
         kinds(of_q, of_k, of_v),

@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .choices import Choice, Kernel, Key, choose
+from .choices import Choice, Kernel, Key, brief, choose
 from .plan import ALIGNED, layout_described
 from .reach import Lowered, all_seen
 from .tiles import split
@@ -126,7 +126,7 @@ def select(kernel: Kernel, call: Call, q: Tensor, k: Tensor, v: Tensor, *more: T
         kernel=kernel, architecture=architecture(), width=padded(max(q.shape[3], v.shape[3])),
         itemsize=q.element_size(), masked=not everything, descriptors=all(map(describable, (q, k, v, *more))),
     )  # fmt: skip
-    return choose(key)
+    return choose(brief(key, n))
 
 
 def describe(x: Tensor, rows: int, choice: Choice) -> Any:
