@@ -7,81 +7,21 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
 pytest.importorskip("triton")
 
+from recorded_launches import LAUNCHES, Kernel, Launch
+
 from longspan.backends import flash
 from longspan.backends.flash import decode, decode_choices, forward, launch, paged_launch, plan, reach
+from longspan.backends.flash.choices import choose
 from longspan.spec import masks
 from longspan.spec.affine import affine
 
 attention = import_module("longspan.backends.flash.attention")  # the package gives that name to the function
-Launch = tuple[str, tuple[int, ...], tuple[Any, ...], dict[str, Any]]
-LAUNCHES: list[Launch] = []
-ALIGNED = 16
-
-
-class Bound:
-    """Stands for a launch that can be repeated, and taken to other sizes; writes down what that launches."""
-
-    def __init__(self, name: str, grid: tuple[int, ...], args: tuple[Any, ...], flags: dict[str, Any]) -> None:
-        self.name, self.grid, self.flags = name, grid, flags
-        self.count = next(i for i, x in enumerate(args) if isinstance(x, int | float))
-        self.described = {i: layout(x) for i, x in enumerate(args[: self.count]) if hasattr(x, "block_shape")}
-        self.blocks = {i: tuple(args[i].block_shape) for i in self.described}
-        self.none = [x is None for x in args[: self.count]]
-        self.numbers = args[self.count :]
-
-    def resized(self, grid: tuple[int, ...], numbers: tuple[Any, ...], *tensors: Tensor) -> "Bound":
-        """Take it to other sizes."""
-        other = object.__new__(Bound)
-        vars(other).update(vars(self))
-        other.grid, other.numbers = grid, numbers
-        other.described = {i: plan.layout_described(tensors[i]) for i in self.described}
-        return other
-
-    def __call__(self, *addresses: int) -> bool:
-        """Repeat it."""
-        assert len(addresses) == self.count
-        assert all(x % ALIGNED == 0 for x in addresses)
-        if self.name != "sequences":  # whose lengths or offsets are one of them none
-            assert [x == 0 for x, none in zip(addresses, self.none, strict=True) if none] == [True] * sum(self.none)
-        LAUNCHES.append((self.name, self.grid, told(self), self.flags))
-        return True
-
-
-def layout(x: Any) -> tuple[list[int], list[int]]:
-    """Shape and strides of a descriptor."""
-    return list(x.shape), list(x.strides)
-
-
-def told(of: Bound) -> tuple[Any, ...]:
-    """All of a launch but its grid, its flags and addresses."""
-    return (*of.numbers, *of.described.items(), *of.blocks.items(), *of.none)
-
-
-def base(x: Any) -> Any:
-    """The tensor of a descriptor, or what was given."""
-    return x.base if hasattr(x, "block_shape") else x
-
-
-class Kernel:
-    """Writes launches down and runs nothing."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        def launched(*args: Any, **flags: Any) -> Bound | None:
-            bound = Bound(self.name, grid, args, flags)
-            LAUNCHES.append((self.name, grid, told(bound), flags))
-            tensors = [base(x) for x in args if isinstance(base(x), Tensor)]
-            return bound if all(x.data_ptr() % ALIGNED == 0 for x in tensors) else None
-
-        return launched
 
 
 @pytest.fixture(autouse=True, params=["sm_90", "sm_80"])
@@ -95,6 +35,8 @@ def recorded(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         for name in names:
             monkeypatch.setattr(module, name, Kernel(name.removesuffix("_kernel")))
     monkeypatch.setattr(launch, "architecture", lambda: arch)
+    # Choices that depend on all of their keys.
+    monkeypatch.setattr(launch, "choose", lambda key: replace(choose(key), tile_n=16 << (hash(key) % 3)))
     monkeypatch.setattr(paged_launch, "gather", lambda *_: None)
     for module, name in ((decode, "few_key"), (paged_launch, "paged_key")):
         made = getattr(decode_choices, name)
@@ -108,31 +50,12 @@ def recorded(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     plan.forget()
 
 
-def specialised(x: Any) -> Any:
-    """What triton may compile for of a number, of any argument: more than it does."""
-    return (x == 1, x % ALIGNED == 0, not -(2**31) <= x < 2**31) if type(x) is int else type(x)
-
-
-def alike(one: list[Launch], other: list[Launch], free: dict[str, set[int]]) -> bool:
-    """Whether the same code is launched: numbers in ``free`` are not specialised but for their width."""
-
-    def code(launches: list[Launch]) -> Any:
-        return [
-            (name, [specialised(x)[2:] if i in free[name] and type(x) is int else specialised(x)
-                    for i, x in enumerate(args) if isinstance(x, int | float)],
-             [x for x in args if isinstance(x, bool)], sorted(flags.items()))
-            for name, _, args, flags in launches
-        ]  # fmt: skip
-
-    return code(one) == code(other)
-
-
 MASKS = {
     "everything": masks.everything, "causal": masks.causal, "window": lambda: masks.causal() & masks.window(70),
     "ahead": lambda: masks.window(300, ahead=9), "lengths": lambda: masks.causal() & masks.lengths([3, 500]),
 }  # fmt: skip
-LAYOUTS = ("plain", "cache", "tokens first", "expanded")
-ROOM = torch.zeros(2 * 4 * 6000 * 64, dtype=torch.float16)
+LAYOUTS = ("plain", "cache", "tokens first", "expanded", "of wider heads", "cache of wider heads")
+ROOM = torch.zeros(2 * 4 * 6000 * 68, dtype=torch.float16)
 
 
 def heads(count: int, tokens: int, d: int, layout: str) -> Tensor:
@@ -143,6 +66,10 @@ def heads(count: int, tokens: int, d: int, layout: str) -> Tensor:
         return ROOM[: 2 * count * tokens * d].view(2, tokens, count, d).transpose(1, 2)
     if layout == "expanded":
         return ROOM[: 2 * tokens * d].view(2, 1, tokens, d).expand(2, count, tokens, d)
+    if layout == "cache of wider heads":  # rows that the copy engine cannot address, but a single one
+        return ROOM.view(2, 4, 6000, 68)[:, :count, :tokens, :d]
+    if layout == "of wider heads":
+        return ROOM[: 2 * count * tokens * (d + 4)].view(2, count, tokens, d + 4)[..., :d]
     return ROOM[: 2 * count * tokens * d].view(2, count, tokens, d)
 
 
@@ -172,13 +99,17 @@ def call(ask: dict[str, Any]) -> list[Launch]:
     return list(LAUNCHES)
 
 
-# Arguments after addresses whose values are not specialised, by kernel.
-FREE = {
-    "forward": {9, 10, 13, 14, *range(17, 23)}, "few": {9, 10, 13, 14, *range(17, 23), 26}, "few_merge": {0, 2, 4},
-    "sequences": set(range(9)),
-}  # fmt: skip
+SIZE = {"m": 600, "q": "plain", "k": "cache of wider heads", "q_offset": None, "k_offset": 0}
 
 
+@example(
+    family={"g": 1, "d": 64, "mask": "everything", "scale": None, "options": False},
+    sizes=[SIZE | {"n": 1}, SIZE | {"n": 2}],
+)
+@example(
+    family={"g": 4, "d": 64, "mask": "causal", "scale": None, "options": False},
+    sizes=[SIZE | {"n": 650}, SIZE | {"n": 650, "q_offset": 700}],
+)
 @given(family=st.fixed_dictionaries(FAMILY), sizes=st.lists(st.fixed_dictionaries(CALLS), min_size=2, max_size=4))
 def test_a_launch_taken_to_other_sizes_is_the_launch_of_these(
     family: dict[str, Any], sizes: list[dict[str, Any]]
@@ -205,7 +136,7 @@ def test_a_cache_that_grows_is_launched_by_the_code_that_is_there(
         patch.setattr(attention, "launch_call", None)  # from here on, nothing is launched that is not known
         patch.setattr(attention, "lower", None)
         second = call(family | size | {"n": n + step})
-    assert alike(first, second, FREE)
+    assert [(name, flags) for name, _, _, flags in first] == [(name, flags) for name, _, _, flags in second]
     assert first != second
 
 
@@ -228,33 +159,59 @@ def test_masks_are_lowered_as_the_definition_says(
 
 PAGED_CALLS: dict[str, Any] = {
     "tokens": st.one_of(st.sampled_from((1, 2, 16, 17, 64)), st.integers(1, 300)), "b": st.sampled_from((1, 2, 15, 16)),
-    "width": st.one_of(st.sampled_from((1, 8, 16, 17, 128)), st.integers(1, 300)),
+    "width": st.one_of(st.sampled_from((1, 8, 16, 17, 128, 800)), st.integers(1, 900)),
     "pages": st.sampled_from((1, 16, 40)), "wide": st.booleans(),
+    "layout": st.sampled_from(("plain", "heads first", "wider", "odd pages")),
 }  # fmt: skip
 PAGED_FAMILY: dict[str, Any] = {
     "g": st.sampled_from((1, 4)), "page": st.sampled_from((16, 64)),
     "mask": st.sampled_from((masks.causal() & masks.window(70, keep_first=3), masks.chunks(9), masks.prefix(5))),
     "options": st.booleans(),
 }  # fmt: skip
-PAGES = torch.zeros(40, 4, 64, 64, dtype=torch.float16)
+POOL = torch.zeros(40, 4, 64, 64, dtype=torch.float16)
+POOLS = {
+    "wider": torch.zeros(40, 4, 64, 68, dtype=torch.float16)[..., :64],
+    "odd pages": torch.zeros(40 * 16388, dtype=torch.float16).as_strided((40, 4, 64, 64), (16388, 4096, 64, 1)),
+}
 
 
 def call_paged(ask: dict[str, Any]) -> list[Launch]:
     """Attend to pages, and return what was launched."""
     b, width = ask["b"], ask["width"]
     q = torch.zeros(ask["tokens"], 4, 64, dtype=torch.float16)
-    pages = PAGES[: ask["pages"], : ask["g"], : ask["page"]]
-    table = torch.zeros(b, 400 if ask["wide"] else width, dtype=torch.int32)[:, :width]
+    if ask["layout"] == "heads first":
+        q = torch.zeros(4, ask["tokens"], 64, dtype=torch.float16).transpose(0, 1)
+    pages = POOLS.get(ask["layout"], POOL)[: ask["pages"], : ask["g"], : ask["page"]]
+    table = torch.zeros(b, 900 if ask["wide"] else width, dtype=torch.int32)[:, :width]
     lengths = torch.zeros(b, dtype=torch.int32)
     options: dict[str, Any] = {"mask": ask["mask"]}
     if ask["options"]:
         options |= {"sink": torch.zeros(4), "softcap": 5.0}
     LAUNCHES.clear()
     with torch.no_grad():
-        flash.attention_paged(q, lengths, pages, pages.clone(), table, lengths, **options)
+        flash.attention_paged(
+            q,
+            lengths,
+            pages,
+            torch.empty_strided(pages.shape, pages.stride(), dtype=q.dtype),
+            table,
+            lengths,
+            **options,
+        )
     return list(LAUNCHES)
 
 
+SIZE_PAGED = {"tokens": 200, "b": 15, "width": 800, "pages": 40, "wide": True, "layout": "plain"}
+
+
+@example(
+    family={"g": 1, "page": 64, "mask": masks.causal(), "options": False},
+    sizes=[SIZE_PAGED, SIZE_PAGED | {"tokens": 300}, SIZE_PAGED | {"b": 16}],
+)
+@example(
+    family={"g": 4, "page": 64, "mask": masks.causal(), "options": False},
+    sizes=[SIZE_PAGED | {"layout": "odd pages", "pages": pages} for pages in (16, 1)],
+)
 @given(
     family=st.fixed_dictionaries(PAGED_FAMILY),
     sizes=st.lists(st.fixed_dictionaries(PAGED_CALLS), min_size=2, max_size=4),
@@ -271,9 +228,36 @@ def test_a_paged_launch_taken_to_other_sizes_is_the_launch_of_these(
 
 def test_a_table_that_grows_is_launched_by_the_code_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     paged = import_module("longspan.backends.flash.paged")
-    ask = {"tokens": 3, "b": 2, "g": 4, "page": 16, "mask": masks.causal(), "options": False, "pages": 40, "wide": True}
+    ask = {
+        "tokens": 3,
+        "b": 2,
+        "g": 4,
+        "page": 16,
+        "mask": masks.causal(),
+        "options": False,
+        "pages": 40,
+        "wide": True,
+        "layout": "plain",
+    }
     first = call_paged(ask | {"width": 100})
     monkeypatch.setattr(paged, "run", None)
     second = call_paged(ask | {"width": 101})
     assert [x[0] for x in first] == [x[0] for x in second] == ["paged", "paged_merge"]
     assert first != second
+
+
+def test_tensors_that_do_not_fit_are_refused_after_those_that_do() -> None:
+    q, k = heads(4, 3, 64, "plain"), heads(4, 700, 64, "cache")
+    pages, table, lengths = POOL[:, :, :16], torch.zeros(2, 5, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
+    paged = torch.zeros(3, 4, 64, dtype=torch.float16)
+    wrong = (ValueError, TypeError)  # the latter by whoever checks the specification's signatures
+    with torch.no_grad():
+        for _ in range(2):
+            flash.attention(q, k, k)
+            flash.attention_paged(paged, lengths, pages, pages, table, lengths)
+        for other in (k[:, :, :699], k[:, :2], k[:1]):
+            with pytest.raises(wrong, match=r"must be|Type-check"):
+                flash.attention(q, k, other)
+        for bad in ((pages[:9], table, lengths), (pages, table[:1], lengths), (pages, table, lengths[:1])):
+            with pytest.raises(wrong, match=r"must be|Type-check"):
+                flash.attention_paged(paged, lengths, pages, *bad)
