@@ -64,7 +64,8 @@ def quantise(x: Float[Tensor, "b h n d"], *, block: int | None = None) -> Quanti
     whole = pad(x.to(floating(x)), (0, 0, 0, size * blocks - x.shape[2]))
     tiles = rearrange(whole, "b h (t size) d -> b h t size d", t=blocks, size=size)
     largest = tiles.abs().masked_fill(~tiles.isfinite(), 0.0).amax((3, 4))
-    scale = (largest / LARGEST).clamp(min=LEAST).to(torch.float32)
+    # By a tensor: a GPU multiplies with the rounded inverse of a number.
+    scale = (largest / torch.full_like(largest, LARGEST)).clamp(min=LEAST).to(torch.float32)
     small = x.to(floating(x)) / by_token(scale, x.shape[2], block)
     return Quantised(small.masked_fill(small.isinf(), torch.nan).to(E4M3), scale, block)
 

@@ -7,12 +7,15 @@ from longspan.spec.checks import refuse
 
 from ..flash.declines import REASONS as SHARED
 from .attention import declines_attention, declines_attention_paged, declines_attention_varlen
+from .fp8 import declines_attention_quantised, declines_quantise
 
 REASONS: Final[dict[str, Callable[..., str | None]]] = {
     **SHARED,
     "attention": declines_attention,
     "attention_varlen": declines_attention_varlen,
     "attention_paged": declines_attention_paged,
+    "quantise": declines_quantise,
+    "attention_quantised": declines_attention_quantised,
 }
 
 
