@@ -92,12 +92,7 @@ def build(key: RopeKey, values: Values) -> RopeChoice:
     return choice._replace(split=min(choice.split, -(-key.heads // choice.heads)))
 
 
-SOURCES: Final[Mapping[str, tuple[str, ...]]] = {
-    "flash.rotate": (
-        "longspan.backends.flash.rope_kernel:rotate_kernel",
-        "longspan.backends.flash.append:append_kernel",
-    )
-}
+SOURCES: Final[Mapping[str, tuple[str, ...]]] = {"flash.rotate": ("longspan.backends.flash.rope_kernel:rotate_kernel",)}
 # Where nothing was tuned the rule is asked, which knows the numbers that the key has rounded.
 TUNED: Final[Lookup[RopeKey, RopeChoice | None]] = Lookup(
     asked,
