@@ -11,10 +11,11 @@ their own code on their own warps and meet at barriers in shared memory only:
 
 S = q·Kᵀ of one tile of keys and P·V of the tile before are given to the tensor cores together; they run while the
 exponentials of this warpgroup wait for S alone, and while those of the other warpgroups run. P stays in registers:
-the layout of an accumulator is that of an operand. A barrier ``full`` says that a tile has landed, ``empty`` that
-every warpgroup is done with it; each is passed once per turn of the ring, so its phase is the parity of the turn.
+the layout of an accumulator is that of an operand. So does q, where there are registers to spare. A barrier ``full``
+says that a tile has landed, ``empty`` that every warpgroup is done with it; each is passed once per turn of the ring,
+so its phase is the parity of the turn.
 A mask is arithmetic on whole tiles first (`tiles.keys_of`): tiles that nobody sees are not loaded, tiles that a
-warpgroup sees whole are not masked.
+warpgroup sees whole are not masked: one loop branches over the mask, or has none where only the first tile is cut.
 Shapes: M queries of a warpgroup, N keys of a tile, D head and E value dimension padded to a power of two.
 """
 
