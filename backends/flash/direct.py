@@ -10,8 +10,10 @@ from types import BuiltinFunctionType
 from typing import Any, Final
 
 import triton
+from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+ALIGNED: Final = 16  # bytes: triton compiles for addresses that this divides, or for any; the copy engine wants it
 VERSION: Final = "3.6."  # of triton, whose C launcher is called without the function around it
 # How triton numbers element types of descriptors on the device, and how the driver does.
 TENSOR_MAP_TYPES: Final = {8: 10, 9: 8, 10: 9}
@@ -99,3 +101,21 @@ class Direct:
                 args[i + grown : i + grown + 1] = (seen[1], *like.shape, *like.strides)
                 grown += 2 * len(like.shape)
         self.launch(*bound.grid, stream, *self.head, *args, *bound.rest)
+
+
+def layout_described(x: Tensor) -> tuple[list[int], list[int]]:
+    """Shape and strides of four axes, as descriptors have them.
+
+    The stride of an axis of one element says nothing, and may be anything: also something that the engine refuses.
+    """
+    b, heads, tokens, d = shape = [*x.shape]
+    strides = [*x.stride()]
+    row = ALIGNED * -(-d // ALIGNED)
+    if b == 1:
+        strides[0] = row
+    if heads == 1:
+        strides[1] = row
+    if tokens == 1:
+        strides[2] = row
+    strides[3] = 1
+    return shape, strides

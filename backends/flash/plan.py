@@ -25,10 +25,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from longspan.autotune import on_forget, overridden
 
-from .direct import Described, Direct
+from .direct import ALIGNED, Described, Direct, layout_described
 
 KNOWN: Final = ("3.6.", "3.7.", "3.9.")  # versions of triton whose launches were read and are tested
-ALIGNED: Final = 16  # bytes: triton compiles for addresses that this divides, or for any
 MANY: Final = 2048  # problems of an operation that are remembered at once; beyond, all are forgotten
 RUN: Final = JITFunction.run  # by which triton launches; who puts another in its place wants to see every launch
 MEMORIES: Final[list[Any]] = []
@@ -279,19 +278,6 @@ class Bound:
             args[i] = layout.at(addresses[i])
         plan.run(*self.grid, stream, *plan.head, *args, *self.rest)
         return True
-
-
-def layout_described(x: Tensor) -> tuple[list[int], list[int]]:
-    """Shape and strides of four axes, as descriptors have them.
-
-    The stride of an axis of one element says nothing, and may be anything: also something that the engine refuses.
-    """
-    shape, strides = list(x.shape), list(x.stride())
-    if 1 in shape:
-        whole_row = ALIGNED * -(-shape[3] // ALIGNED)
-        strides[:3] = [whole_row if size == 1 else stride for size, stride in zip(shape[:3], strides, strict=False)]
-    strides[3] = 1
-    return shape, strides
 
 
 def address_of(x: Tensor | TensorDescriptor | None) -> int:
