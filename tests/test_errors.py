@@ -59,6 +59,7 @@ ATTENTION: list[tuple[Callable[[Backend], Any], str]] = [
     (lambda of: of.attention(X, K, K, q_offset=2**63), "q_offset must be a whole number"),
     (lambda of: of.attention(X, K, K, scale=torch.tensor(1.0)), "scale must be a finite number, and no tensor"),
     (lambda of: of.attention(X, K, K, softcap=1e39), "softcap must be a finite number above 0"),
+    (lambda of: of.attention(X, K, K, softcap=torch.tensor(1.0)), "softcap must be .*, got tensor"),
     (lambda of: of.attention_varlen(X, K, K, ONE, ONE), r"q must be \[tokens, heads, head_dim\]"),
     (lambda of: of.attention_paged(X, ONE, K, K, ONE[None], ONE), r"q must be \[tokens, heads, head_dim\]"),
     (lambda of: of.merge(X, X), "a state must be AttentionState"),
