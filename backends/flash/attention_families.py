@@ -17,12 +17,13 @@ from longspan.autotune import Case, Family, Values
 from longspan.spec import masks
 
 from . import backward, forward
-from .choices import SOURCES, Key, heuristic
+from .choices import SOURCES, Key, asked, brief, heuristic
 from .launch import LOG2_E, Call, padded
 from .lowering import lower
 
 WIDTH: Final = 2048  # heads · head dimension
 TOKENS: Final = 8192
+SHORTER: Final = 1024  # tokens of a short prompt
 WIDTHS: Final = (64, 128, 256)
 
 # Rows and keys of a tile with the warps that share them, and stages, by kernel and width. What no tensor core of today
@@ -66,20 +67,28 @@ def relatives(case: Case, options: Mapping[str, Mapping[str, Any]]) -> list[Case
 
 
 def cases(kernel: str, arch: str) -> list[Case]:
-    """Every width, under a mask and without, on tensors that can be described."""
-    del arch
+    """Every width, under a mask and without, on tensors that can be described; and prompts that are short."""
     made = []
     for width, masked in product(WIDTHS, (True, False)):
-        key = {"width": width, "itemsize": 2, "masked": masked, "descriptors": True}
         problem = {"b": 1, "h": WIDTH // width, "m": TOKENS, "d": width, "causal": masked}
         # Masks are integers to the kernels, so that code is compiled for the width alone.
-        made.append(Case(key=key, problem=problem, variant={"kernel": kernel, "width": width, "h": WIDTH // width}))
+        variant = {"kernel": kernel, "width": width, "h": WIDTH // width}
+        made.append(Case(key=key_values(kernel, arch, width, TOKENS, masked=masked), problem=problem, variant=variant))
+        brief_key = key_values(kernel, arch, width, SHORTER, masked=masked)
+        if brief_key != made[-1].key:
+            problem = {**problem, "b": TOKENS // SHORTER, "m": SHORTER}
+            made.append(Case(key=brief_key, problem=problem, variant=variant))
     return made
+
+
+def key_values(kernel: Any, arch: str, width: int, keys: int, *, masked: bool) -> Values:
+    """The key of a launch on so many keys, as tables know it."""
+    key = Key(kernel=kernel, architecture=arch, width=width, itemsize=2, masked=masked, descriptors=True)
+    return asked(brief(key, keys)).key
 
 
 def sized(kernel: str, sizes: Values, arch: str) -> list[Case]:
     """What a model's layer launches: its own heads, on as many of its tokens as take a few milliseconds."""
-    del arch
     if sizes["itemsize"] != 2:
         return []
     width, heads = padded(max(int(sizes["head_dim"]), int(sizes["value_dim"]))), int(sizes["heads"])
@@ -91,7 +100,7 @@ def sized(kernel: str, sizes: Values, arch: str) -> list[Case]:
         "b": 1, "h": heads, "g": int(sizes["groups"]), "m": tokens, "d": int(sizes["head_dim"]),
         "e": int(sizes["value_dim"]), "causal": causal,
     }  # fmt: skip
-    key = {"width": width, "itemsize": 2, "masked": causal, "descriptors": True}
+    key = key_values(kernel, arch, width, tokens, masked=causal)
     return [Case(key=key, problem=problem, variant={"kernel": kernel, **problem, "causal": False, "m": 0})]
 
 

@@ -87,7 +87,7 @@ def choose(key: Key) -> Choice:
 def asked(key: Key) -> Asked:
     """Write a key as tables know it."""
     values = {name: value for name, value in vars(key).items() if name not in {"kernel", "architecture", "short"}}
-    values |= {"short": True} if key.short else {}  # which is not tuned, nor does what was tuned serve it
+    values |= {"short": True} if key.short else {}  # said where it is, so that no other row serves it
     return Asked(f"flash.{key.kernel}", key.architecture, values)
 
 
