@@ -78,9 +78,12 @@ def compile_case(heads: str, mask: str) -> Any:
             types[name] = kind if there[name] else "constexpr"
             if not there[name]:
                 constants[name] = None
+    if constants["ADD"] and not wide and not choice.persistent:
+        layout = gl.NVMMASharedLayout(0, 32, 2)
+        types["sums"] = f"tensordesc<fp32[{choice.tile_m * columns // 256},128],{layout!r}>"
     types |= dict.fromkeys((name for name in constants if name in types), "constexpr")
     at = {name: (kernel.arg_names.index(name),) for name in types}
-    aligned = {at[name]: [["tt.divisibility", 16]] for name in pointers if name in types and there[name]}
+    aligned = {at[name]: [["tt.divisibility", 16]] for name in pointers if types.get(name, "").startswith("*")}
     source = GluonASTSource(kernel, types, {at[name]: value for name, value in constants.items()}, aligned)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
 

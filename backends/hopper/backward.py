@@ -32,7 +32,8 @@ class Choice(NamedTuple):
         tile_n: Keys of a tile.
         stages: Tiles of queries in the ring.
         together: Heads that are worked on at the same time; see `backward_tiles.assignment`.
-        persistent: Whether a block of threads takes tile after tile of keys, and fetches the next meanwhile, or one.
+        persistent: Whether a block of threads takes tile after tile of keys, fetches the next meanwhile, and adds to dq
+            from registers; or one tile, and has a warp of its own that adds to dq from shared memory.
     """
 
     tile_m: int
@@ -163,9 +164,12 @@ def launch(
         )  # fmt: skip
         return
     half = wide // 2
+    added = sums
+    if sums is not None and not choice.persistent:
+        added = describe_lines(sums.view(-1, 128), [tall * columns // 256, 128], linear=True)
     backward_kernel[(min(items, processors(q.device.index)) if choice.persistent else items,)](
         describe(q, tall, columns), describe(k, half, columns), describe(v, half, value_columns),
-        describe(d_out, tall, value_columns), *lines, sums,
+        describe(d_out, tall, value_columns), *lines, added,
         describe(dk, half, columns), describe(dv, half, value_columns), *masks, counter, *numbers, **flags,
         PERSISTENT=choice.persistent,
     )  # fmt: skip
@@ -177,7 +181,8 @@ def processors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def describe_lines(x: Tensor, block: list[int]) -> Any:
-    """Describe a float32 matrix to the copy engine in tiles."""
-    layout = gl.NVMMASharedLayout.get_default_for(block, gl.float32)
+def describe_lines(x: Tensor, block: list[int], *, linear: bool = False) -> Any:
+    """Describe a float32 matrix to the copy engine in tiles, which lie row after row in shared memory if ``linear``."""
+    default = gl.NVMMASharedLayout.get_default_for(block, gl.float32)
+    layout = gl.NVMMASharedLayout(0, 32, 2) if linear else default
     return TensorDescriptor(x, list(x.shape), list(x.stride()), block, layout)

@@ -9,33 +9,36 @@ them, of every query head of the group. With P the weights and delta = rowsum(dO
     Sᵀ = K Qᵀ    dPᵀ = V dOᵀ    dSᵀ = Pᵀ ∘ (dPᵀ - delta)    dV += Pᵀ dO    dK += dSᵀ Q    dQ += dS K
 
 Scores are held transposed, so that Pᵀ and dSᵀ stay in the registers that their products read them from. dK and dV are
-summed in registers too, over all heads of the group, and written once. dQ is summed in memory: what a tile of keys has
-to add goes from registers to a float32 workspace, four numbers at a time, in the order in which the tensor cores left
-them; `backward_passes.finish_kernel` sorts, scales and rounds them.
+summed in registers too, over all heads of the group, and written once. dQ is summed in memory, in a float32 workspace:
+what a tile of keys has to add goes there in the order in which the tensor cores left it, and
+`backward_passes.finish_kernel` sorts, scales and rounds the sums.
 
-Three kinds of warps share the work ("warp specialisation"):
+Four kinds of warps share the work ("warp specialisation"):
 
     loader        one warp: keys and values, then Q, dO, log-sum-exp and delta of tile after tile into a ring of STAGES
-                  buffers, as far ahead as there is room: the next keys, too, are fetched while these are worked on
+                  buffers, as far ahead as there is room: if PERSISTENT, the next keys, too
     warpgroup 0   keys [0, N/2) of the tile: its half of Sᵀ, dPᵀ, dSᵀ, dK and dV; and one half of every dQ
     warpgroup 1   keys [N/2, N), and the other half of every dQ, for which each needs the dS of both
+    adder         one warp, unless PERSISTENT: has the copy engine add to dQ what the warpgroups leave in shared memory.
+                  When they add from registers, they stand still until memory has taken it, 32 bytes a cycle
 
 The tensor cores work through what a warpgroup issues in order, while its threads go on. Tile t, for one warpgroup;
-the other is somewhere else in the same line, and fills the gaps:
+the other does the same, and its products fill the gaps:
 
-    threads        issue · exp2(Sᵀ) · Pᵀ ∘ (dPᵀ - delta) · store dS · wait for the other's dS ········ add dQ to memory
-    tensor cores   dPᵀ(t) ·························· dV(t) ··· dK(t) ······················ dQ(t) · Sᵀ(t+1) ··········
+    threads        exp2(Sᵀ) · Pᵀ ∘ (dPᵀ - delta) · store dS · wait for the other's dS ···· leave or add dQ · next tile
+    tensor cores   dPᵀ(t) ··································· dV(t) ···················· dQ(t)  dK(t)  Sᵀ(t+1) ······
 
 Shared memory holds dS twice: who has stored its dS(t) has multiplied all of dS(t-1). The loader leaves two integers
 beside every tile of queries, which say where it is and whether the mask cuts it, and beside the keys which they are.
-Barriers: `*_full` say that the loader's bytes are there, `*empty` that both warpgroups have read them, `scores_full`
-that both have stored a dS, `keys_done` that both have multiplied their last one with these keys.
+Barriers: `*_full` say that the bytes are there, `*empty` that they have been read, `scores_full` that both warpgroups
+have stored a dS, `keys_done` that both have multiplied their last one with these keys.
 Shapes: M queries and N keys of a tile, H = N / 2, D head and E value dimension padded to a power of two.
 """
 
-from .backward_scores import add_queries, masked, penalised, read_number, without_dead, write_number
-from .backward_tiles import advance, assignment, count_tiles, sight_of_tile
+from .backward_scores import add_queries, by_fours, masked, penalised, read_number, without_dead, write_number
+from .backward_tiles import advance, walk
 from .gluon import (
+    add_tile,
     barrier,
     fence_async_shared,
     gl,
@@ -58,7 +61,7 @@ def load_partition(
     ROWS: gl.constexpr, EACH: gl.constexpr, KEEP: gl.constexpr, PERSISTENT: gl.constexpr,
 ):  # fmt: skip
     """Fetch what both warpgroups read."""
-    k_full, v_full, kv_empty, q_full, d_out_full, empty, _scores_full, _keys_done = barriers
+    k_full, v_full, kv_empty, q_full, d_out_full, empty, _scores_full, _keys_done, _part_full, _part_empty = barriers
     H: gl.constexpr = N // 2
     SIZE: gl.constexpr = q_tiles.dtype.primitive_bitwidth // 8
     items = key_tiles * (h // group) * batches
@@ -69,7 +72,10 @@ def load_partition(
         side = 0
         if PERSISTENT:
             side = turn & 1
-        tile, key_head, batch = assignment(item, key_tiles, h // group, batches, together)
+        tile, key_head, batch, steps, start, low, high, full_low, full_high, head_low, head_high = walk(
+            item, group, h, m, mask_low, mask_high, stop, sequences, seers, key_tiles, batches, together,
+            M, N, ROWS, EACH, KEEP,
+        )  # fmt: skip
         mbarrier.wait(kv_empty.index(side), (turn // 2 & 1) ^ 1)
         write_number(work.index(side), item, 1)
         mbarrier.expect(k_full.index(side), N * D * SIZE)
@@ -83,13 +89,6 @@ def load_partition(
         else:
             item = items
         turn += 1
-        low, high, full_low, full_high, head_low, head_high = sight_of_tile(
-            tile, batch, m, mask_low, mask_high, stop, sequences, seers, key_tiles, M, N, ROWS, EACH, KEEP
-        )
-        steps = (high - low + head_high - head_low) // M * group
-        start = low
-        if KEEP and low == high:
-            start = head_low
         head = key_head * group
         for _step in range(steps):
             stage = step % STAGES
@@ -114,6 +113,35 @@ def load_partition(
 
 
 @gluon.jit
+def add_partition(
+    sums, sequences, seers, part_tiles, barriers,
+    h, group, m, m_padded, low, high, stop, key_tiles, batches, together,
+    M: gl.constexpr, N: gl.constexpr, D: gl.constexpr, ROWS: gl.constexpr, EACH: gl.constexpr, KEEP: gl.constexpr,
+    ADDER: gl.constexpr,
+):  # fmt: skip
+    """Add to dQ what the warpgroups leave: each a half of M · D numbers, in rows of 128."""
+    _k_full, _v_full, _kv_empty, _q_full, _d_out_full, _empty, _scores_full, _keys_done, part_full, part_empty = (
+        barriers
+    )
+    PART: gl.constexpr = M * D // 2 // 128
+    _tile, key_head, batch, steps, start, low, high, _full_low, _full_high, head_low, head_high = walk(
+        gl.program_id(0), group, h, m, low, high, stop, sequences, seers, key_tiles, batches, together,
+        M, N, ROWS, EACH, KEEP,
+    )  # fmt: skip
+    line = batch * h + key_head * group
+    if ADDER:
+        for step in range(steps):
+            row = (line * m_padded + start) // 64 * (64 * D // 128)
+            for w in gl.static_range(2):
+                mbarrier.wait(part_full.index(w), step & 1)
+                add_tile(sums, [row + w * PART, 0], part_tiles.index(w))
+            for w in gl.static_range(2):
+                store_wait(1 - w)
+                mbarrier.arrive(part_empty.index(w), count=1)
+            start, line = advance(start, line, low, high, head_low, head_high, 1, M, KEEP)
+
+
+@gluon.jit
 def multiply_queries(
     w: gl.constexpr, slot, nil, score_tiles, k_tiles,
     D: gl.constexpr, H: gl.constexpr, BY_ROWS: gl.constexpr,
@@ -135,19 +163,21 @@ def multiply_queries(
 @gluon.jit
 def absorb_partition(
     w: gl.constexpr, sums, dk, dv, alibi, rows, sequences, seers,
-    q_tiles, d_out_tiles, k_tiles, v_tiles, lse_tiles, delta_tiles, score_tiles, places, work, barriers,
+    q_tiles, d_out_tiles, k_tiles, v_tiles, lse_tiles, delta_tiles, score_tiles, part_tiles, places, work, barriers,
     alibi_b, h, group, m, m_padded, low, high, stop, position, keep, rows_size,
     scale, inner, outer, full_scale, key_tiles, batches, together,
     M: gl.constexpr, N: gl.constexpr, D: gl.constexpr, E: gl.constexpr, STAGES: gl.constexpr,
     ROWS: gl.constexpr, EACH: gl.constexpr, KEEP: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr,
-    DEAD: gl.constexpr, ADD: gl.constexpr, PERSISTENT: gl.constexpr,
+    DEAD: gl.constexpr, ADD: gl.constexpr, ADDER: gl.constexpr, PERSISTENT: gl.constexpr,
 ):  # fmt: skip
-    """Sum dk and dv of this warpgroup's half of the keys, and add its part of every dq."""
-    k_full, v_full, kv_empty, q_full, d_out_full, empty, scores_full, keys_done = barriers
+    """Sum dk and dv of this warpgroup's half of the keys, and compute its part of every dq."""
+    k_full, v_full, kv_empty, q_full, d_out_full, empty, scores_full, keys_done, part_full, part_empty = barriers
     H: gl.constexpr = N // 2
     BY_ROWS: gl.constexpr = M == 128
     DQ_ROWS: gl.constexpr = M // 2 if BY_ROWS else M
     DQ_COLUMNS: gl.constexpr = D if BY_ROWS else D // 2
+    # Where registers allow it: rows of 128 scores do not.
+    LATE_MASK: gl.constexpr = M == 64
     dtype: gl.constexpr = q_tiles.dtype
     SCORE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, M, 16])
     KEY: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
@@ -155,16 +185,15 @@ def absorb_partition(
     QUERY: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DQ_COLUMNS, 16])
     LEFT_OF_KEY: gl.constexpr = gl.DotOperandLayout(0, KEY, 2)
     LEFT_OF_VALUE: gl.constexpr = gl.DotOperandLayout(0, VALUE, 2)
-
     turn = 0
     step = 0
     mbarrier.wait(k_full.index(0), 0)
     item = read_number(work.index(0), 4)
     while item >= 0:
-        tile, key_head, batch = assignment(item, key_tiles, h // group, batches, together)
-        steps = group * count_tiles(
-            tile, batch, m, low, high, stop, sequences, seers, key_tiles, M, N, ROWS, EACH, KEEP
-        )
+        tile, key_head, batch, steps, _start, _low, _high, _full_low, _full_high, _head_low, _head_high = walk(
+            item, group, h, m, low, high, stop, sequences, seers, key_tiles, batches, together,
+            M, N, ROWS, EACH, KEEP,
+        )  # fmt: skip
         first_key = tile * N + w * H
         side = 0
         if PERSISTENT:
@@ -192,7 +221,6 @@ def absorb_partition(
             stage = step % STAGES
             row = read_number(places.index(2 * stage), 4)
             place = read_number(places.index(2 * stage + 1), 4)
-            start = place // 2
             # Always 0, which the compiler cannot know: it would keep the address of every piece of K in registers.
             nil = place >> 31
             query = q_tiles.index(stage).reshape([M, D])
@@ -201,45 +229,59 @@ def absorb_partition(
             if ROWS or SOFTCAP or ALIBI:
                 again = v_tiles.index(2 * side + w + nil).reshape([H, E])
             mbarrier.wait(d_out_full.index(stage), step // STAGES & 1)
-            d_weight = warpgroup_mma(
-                again, gradient.permute((1, 0)), nothing, use_acc=False, is_async=True,
-            )  # fmt: skip
+            d_weight = warpgroup_mma(again, gradient.permute((1, 0)), nothing, use_acc=False, is_async=True)
             if SOFTCAP:
                 tanh = 1.0 - 2.0 / (1.0 + gl.exp2(score * inner))
                 score = outer * tanh
             else:
                 score = score * scale
-            i = start + gl.arange(0, M, gl.SliceLayout(0, SCORE))
+            i = place // 2 + gl.arange(0, M, gl.SliceLayout(0, SCORE))
             if ALIBI:
                 at = batch * alibi_b + row // m_padded - batch * h
                 score = penalised(score, i, j, m, batch, alibi, at, position, rows, rows_size, sequences, ROWS, EACH)
-            if place & 1 == 1:
-                score = masked(
-                    score, i, j, m, batch, low, high, stop, keep, rows, rows_size, sequences, ROWS, EACH, KEEP
-                )
-            weight = gl.exp2(score - lse_tiles.index(stage).load(SCORE))
+            if LATE_MASK:
+                # Past a branch, ptxas does not put exp2 off until dP is there: so the mask is applied to weights.
+                weight = gl.exp2(score - lse_tiles.index(stage).load(SCORE))
+                if place & 1 == 1:
+                    weight = masked(
+                        weight, i, j, m, batch, low, high, stop, keep, rows, rows_size, sequences, 0.0, ROWS, EACH, KEEP
+                    )
+            else:
+                if place & 1 == 1:
+                    score = masked(
+                        score, i, j, m, batch, low, high, stop, keep, rows, rows_size, sequences, float("-inf"),
+                        ROWS, EACH, KEEP,
+                    )  # fmt: skip
+                weight = gl.exp2(score - lse_tiles.index(stage).load(SCORE))
+            flow = delta_tiles.index(stage).load(SCORE)
             weight_left = gl.convert_layout(weight.to(dtype), LEFT_OF_VALUE)
             if SOFTCAP:
                 weight = weight * (1.0 - tanh * tanh)
-            flow = delta_tiles.index(stage).load(SCORE)
             d_weight = warpgroup_mma_wait(0, deps=(d_weight,))  # [H, M]
             d_score = (weight * (d_weight - flow)).to(dtype)
-            dv_sum = warpgroup_mma(weight_left, gradient, dv_sum, is_async=True)
+            # First or second, as spills fewer registers.
+            if not BY_ROWS:
+                dv_sum = warpgroup_mma(weight_left, gradient, dv_sum, is_async=True)
             if ADD:
                 # The other warpgroup has multiplied what was here two steps ago: it arrived one step ago.
                 score_tiles.index((step & 1) * 2 + w).store(d_score)
                 fence_async_shared()
                 mbarrier.arrive(scores_full, count=1)
-            dk_sum = warpgroup_mma(gl.convert_layout(d_score, LEFT_OF_KEY), query, dk_sum, is_async=True)
+            if BY_ROWS:
+                dv_sum = warpgroup_mma(weight_left, gradient, dv_sum, is_async=True)
             if ADD:
                 mbarrier.wait(scores_full, step & 1)
                 dq_part = multiply_queries(
                     w, step & 1, 2 * side + nil, score_tiles, k_tiles, D, H, BY_ROWS, DQ_ROWS, DQ_COLUMNS, QUERY
                 )
-                dv_sum, dk_sum = warpgroup_mma_wait(2, deps=(dv_sum, dk_sum))
-            else:
-                dv_sum, dk_sum = warpgroup_mma_wait(0, deps=(dv_sum, dk_sum))
-            mbarrier.arrive(empty.index(stage), count=1)
+            dk_sum = warpgroup_mma(gl.convert_layout(d_score, LEFT_OF_KEY), query, dk_sum, is_async=True)
+            if ADD:
+                dv_sum, dq_part = warpgroup_mma_wait(1, deps=(dv_sum, dq_part))
+            if ADDER:
+                mbarrier.wait(part_empty.index(w), (step & 1) ^ 1)
+                part_tiles.index(w).store(gl.reshape(by_fours(dq_part, DQ_COLUMNS), [M * D // 256, 128]))
+                fence_async_shared()
+                mbarrier.arrive(part_full.index(w), count=1)
             after = (step + 1) % STAGES
             # The next scores, or after the last step those of a tile long gone, which nobody reads.
             if step + 1 < last:
@@ -248,9 +290,12 @@ def absorb_partition(
                 k_tiles.index(2 * side + w + nil).reshape([H, D]),
                 q_tiles.index(after).reshape([M, D]).permute((1, 0)), nothing, use_acc=False, is_async=True,
             )  # fmt: skip
-            if ADD:
-                dq_part = warpgroup_mma_wait(1, deps=(dq_part,))
+            if ADD and not ADDER:
+                # Long since true, but a branch, before which ptxas issues all of the products.
+                mbarrier.wait(d_out_full.index(stage), step // STAGES & 1)
                 add_queries(sums + row.to(gl.int64) * D + w * (DQ_ROWS * DQ_COLUMNS), dq_part, DQ_COLUMNS)
+            dv_sum, dk_sum = warpgroup_mma_wait(1, deps=(dv_sum, dk_sum))
+            mbarrier.arrive(empty.index(stage), count=1)
             score = warpgroup_mma_wait(0, deps=(score,))  # [H, M]
             step += 1
 
@@ -290,6 +335,7 @@ def backward_kernel(
     """Hand out shared memory, barriers and roles."""
     H: gl.constexpr = N // 2
     SIDES: gl.constexpr = 2 if PERSISTENT else 1
+    ADDER: gl.constexpr = ADD and not PERSISTENT
     dtype: gl.constexpr = q.dtype
     q_tiles = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, M, D], q.layout)
     d_out_tiles = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, M, E], d_out.layout)
@@ -301,6 +347,10 @@ def backward_kernel(
         score_tiles = gl.allocate_shared_memory(dtype, [4, H, M], gl.NVMMASharedLayout(128, 16, 2))
     else:
         score_tiles = k_tiles
+    if ADDER:
+        part_tiles = gl.allocate_shared_memory(gl.float32, [2, M * D // 256, 128], sums.layout)
+    else:
+        part_tiles = k_tiles
     places = gl.allocate_shared_memory(gl.int32, [2 * STAGES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     work = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
@@ -309,37 +359,43 @@ def backward_kernel(
     kv_empty = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
     keys_done = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
     scores_full = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
+    part_full = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
+    part_empty = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
     q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     d_out_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    mbarrier.init(keys_done, count=2)
+    mbarrier.init(scores_full, count=2)
     for side in gl.static_range(2):
         mbarrier.init(k_full.index(side), count=1)
         mbarrier.init(v_full.index(side), count=1)
         mbarrier.init(kv_empty.index(side), count=2)
-    mbarrier.init(keys_done, count=2)
-    mbarrier.init(scores_full, count=2)
+        mbarrier.init(part_full.index(side), count=1)
+        mbarrier.init(part_empty.index(side), count=1)
     for stage in gl.static_range(STAGES):
         mbarrier.init(q_full.index(stage), count=1)
         mbarrier.init(d_out_full.index(stage), count=1)
         mbarrier.init(empty.index(stage), count=2)
-    barriers = (k_full, v_full, kv_empty, q_full, d_out_full, empty, scores_full, keys_done)
+    barriers = (
+        k_full, v_full, kv_empty, q_full, d_out_full, empty, scores_full, keys_done, part_full, part_empty,
+    )  # fmt: skip
     w0: gl.constexpr = 0
     w1: gl.constexpr = 1
     gl.warp_specialize(
         [
             (absorb_partition, (
                 w0, sums, dk, dv, alibi, rows, sequences, seers,
-                q_tiles, d_out_tiles, k_tiles, v_tiles, lse_tiles, delta_tiles, score_tiles, places, work, barriers,
-                alibi_b, h, group, m, m_padded, low, high, stop, position, keep, rows_size,
+                q_tiles, d_out_tiles, k_tiles, v_tiles, lse_tiles, delta_tiles, score_tiles, part_tiles, places, work,
+                barriers, alibi_b, h, group, m, m_padded, low, high, stop, position, keep, rows_size,
                 scale, inner, outer, full_scale, key_tiles, batches, together,
-                M, N, D, E, STAGES, ROWS, EACH, KEEP, SOFTCAP, ALIBI, DEAD, ADD, PERSISTENT,
+                M, N, D, E, STAGES, ROWS, EACH, KEEP, SOFTCAP, ALIBI, DEAD, ADD, ADDER, PERSISTENT,
             )),
             (absorb_partition, (
                 w1, sums, dk, dv, alibi, rows, sequences, seers,
-                q_tiles, d_out_tiles, k_tiles, v_tiles, lse_tiles, delta_tiles, score_tiles, places, work, barriers,
-                alibi_b, h, group, m, m_padded, low, high, stop, position, keep, rows_size,
+                q_tiles, d_out_tiles, k_tiles, v_tiles, lse_tiles, delta_tiles, score_tiles, part_tiles, places, work,
+                barriers, alibi_b, h, group, m, m_padded, low, high, stop, position, keep, rows_size,
                 scale, inner, outer, full_scale, key_tiles, batches, together,
-                M, N, D, E, STAGES, ROWS, EACH, KEEP, SOFTCAP, ALIBI, DEAD, ADD, PERSISTENT,
+                M, N, D, E, STAGES, ROWS, EACH, KEEP, SOFTCAP, ALIBI, DEAD, ADD, ADDER, PERSISTENT,
             )),
             (load_partition, (
                 q, k, v, d_out, lse_two, delta, sequences, seers,
@@ -347,7 +403,12 @@ def backward_kernel(
                 h, group, m, m_padded, low, high, stop, key_tiles, batches, together,
                 M, N, D, E, STAGES, ROWS, EACH, KEEP, PERSISTENT,
             )),
+            (add_partition, (
+                sums, sequences, seers, part_tiles, barriers,
+                h, group, m, m_padded, low, high, stop, key_tiles, batches, together,
+                M, N, D, ROWS, EACH, KEEP, ADDER,
+            )),
         ],
-        [4, 1],
-        [240, 24],
+        [4, 1, 1],
+        [240, 24, 24],
     )  # fmt: skip

@@ -31,9 +31,12 @@ def without_dead(tile, dtype: gl.constexpr):
 @gluon.jit
 def masked(
     score, i, j, m, batch, low, high, stop, keep, rows, rows_size, sequences,
-    ROWS: gl.constexpr, EACH: gl.constexpr, KEEP: gl.constexpr,
+    hidden: gl.constexpr, ROWS: gl.constexpr, EACH: gl.constexpr, KEEP: gl.constexpr,
 ):  # fmt: skip
-    """Hide the scores [H, M] of keys j that queries i do not see. Queries past the end weigh nothing anyhow."""
+    """Write ``hidden`` over scores or weights [H, M] of keys j that queries i do not see.
+
+    Queries past the end weigh nothing anyhow.
+    """
     if ROWS:
         # Bound by bound: each is loaded, used and forgotten, since registers are short.
         at = rows + batch.to(gl.int64) * m
@@ -42,7 +45,7 @@ def masked(
         if KEEP:
             base = gl.load(at + 2 * rows_size.to(gl.int64) + i, mask=i < m, other=0)[None, :]
             seen = seen | ((base <= keys) & (keys < base + keep))
-        score = gl.where(seen, score, float("-inf"))
+        score = gl.where(seen, score, hidden)
         seen = keys < gl.load(at + rows_size + i, mask=i < m, other=0)[None, :]
     else:
         if EACH:
@@ -51,7 +54,7 @@ def masked(
             stop = gl.load(sequences + 4 * batch + 2)
         ahead = j[:, None] - i[None, :]
         seen = (ahead >= low) & (ahead < high) & (j < stop)[:, None]
-    return gl.where(seen, score, float("-inf"))
+    return gl.where(seen, score, hidden)
 
 
 @gluon.jit
@@ -72,17 +75,31 @@ def penalised(
 
 
 @gluon.jit
-def add_queries(sums, part, COLUMNS: gl.constexpr):
-    """Add a part [64, COLUMNS] of dQ to memory, four numbers at a time.
+def by_fours(part, COLUMNS: gl.constexpr):
+    """View what the tensor cores left in registers, [64, COLUMNS], as rows of 512 numbers, a thread's four in a row.
 
-    In memory it lies as the tensor cores leave it in registers, 64 · COLUMNS numbers in a row: `finish_kernel` sorts
-    them. A thread has two neighbours of its row and of the eighth row below, in every block of eight columns.
+    A thread has two neighbours of its row and of the eighth row below, in every block of eight columns. Nothing moves:
+    this is the order in which parts of dQ lie in memory, 64 · COLUMNS numbers in a row, and `finish_kernel` sorts them.
     """
     FOURS: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [1, 4], [1, 0])
-    BLOCKS: gl.constexpr = COLUMNS // 8
-    part = gl.reshape(part, [4, 2, 8, BLOCKS, 4, 2])  # warp, upper or lower, row, block, thread of the row, neighbour
-    part = gl.reshape(gl.permute(part, [3, 0, 2, 4, 1, 5]), [BLOCKS, 512])
-    part = gl.convert_layout(part, FOURS, assert_trivial=True)
-    block = gl.arange(0, BLOCKS, gl.SliceLayout(1, FOURS))
+    part = gl.reshape(part, [4, 2, 8, COLUMNS // 8, 4, 2])  # warp, upper or lower, row, block, thread, neighbour
+    part = gl.reshape(gl.permute(part, [3, 0, 2, 4, 1, 5]), [COLUMNS // 8, 512])
+    return gl.convert_layout(part, FOURS, assert_trivial=True)
+
+
+@gluon.jit
+def from_fours(tile, M: gl.constexpr, LAYOUT: gl.constexpr):
+    """Load scores [64, M] that another warpgroup left in shared memory `by_fours`: they lie as its own would."""
+    FOURS: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [1, 4], [1, 0])
+    part = gl.reshape(tile.load(FOURS), [M // 8, 4, 8, 4, 2, 2])
+    part = gl.reshape(gl.permute(part, [1, 4, 2, 0, 3, 5]), [64, M])
+    return gl.convert_layout(part, LAYOUT, assert_trivial=True)
+
+
+@gluon.jit
+def add_queries(sums, part, COLUMNS: gl.constexpr):
+    """Add a part [64, COLUMNS] of dQ to memory from registers, four numbers at a time; see `by_fours`."""
+    FOURS: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [1, 4], [1, 0])
+    block = gl.arange(0, COLUMNS // 8, gl.SliceLayout(1, FOURS))
     number = gl.arange(0, 512, gl.SliceLayout(0, FOURS))
-    gl.atomic_add(sums + (block[:, None] * 512 + number[None, :]), part, sem="relaxed")
+    gl.atomic_add(sums + (block[:, None] * 512 + number[None, :]), by_fours(part, COLUMNS), sem="relaxed")

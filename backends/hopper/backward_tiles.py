@@ -100,12 +100,20 @@ def advance(start, line, low, high, head_low, head_high, stride, M: gl.constexpr
 
 
 @gluon.jit
-def count_tiles(
-    tile, batch, m, low, high, stop, sequences, seers, key_tiles,
+def walk(
+    program, group, h, m, low, high, stop, sequences, seers, key_tiles, batches, together,
     M: gl.constexpr, N: gl.constexpr, ROWS: gl.constexpr, EACH: gl.constexpr, KEEP: gl.constexpr,
 ):  # fmt: skip
-    """Say how many tiles of queries see a tile of keys."""
-    low, high, _full_low, _full_high, head_low, head_high = sight_of_tile(
+    """Say what is to be done: the tile of keys, of which key head and batch, and over how many tiles of queries.
+
+    Then where the first of them starts, and the rest of what `advance` goes on with; see `sight_of_tile`.
+    """
+    tile, key_head, batch = assignment(program, key_tiles, h // group, batches, together)
+    low, high, full_low, full_high, head_low, head_high = sight_of_tile(
         tile, batch, m, low, high, stop, sequences, seers, key_tiles, M, N, ROWS, EACH, KEEP
     )
-    return (high - low + head_high - head_low) // M
+    steps = (high - low + head_high - head_low) // M * group
+    start = low
+    if KEEP and low == high:
+        start = head_low
+    return tile, key_head, batch, steps, start, low, high, full_low, full_high, head_low, head_high

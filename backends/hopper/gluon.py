@@ -3,8 +3,10 @@
 from typing import Any, Final
 
 import triton
+from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
@@ -15,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 __all__ = [
-    "VERSION", "TensorDescriptor", "barrier", "fence_async_shared", "gl", "gluon", "load_tile", "mbarrier",
+    "VERSION", "TensorDescriptor", "add_tile", "barrier", "fence_async_shared", "gl", "gluon", "load_tile", "mbarrier",
     "store_tile", "store_wait", "warpgroup_mma", "warpgroup_mma_wait",
 ]  # fmt: skip
 
@@ -28,3 +30,13 @@ load_tile = TMA.async_load if hasattr(tma, "async_load") else TMA.async_copy_glo
 store_tile = TMA.async_store if hasattr(tma, "async_store") else TMA.async_copy_shared_to_global
 store_wait = TMA.store_wait
 barrier = LANGUAGE.barrier if hasattr(gl, "barrier") else LANGUAGE.thread_barrier
+
+
+@builtin
+def reduce_tile(descriptor: Any, coordinates: Any, source: Any, _semantic: Any = None) -> None:
+    """Add a tile in shared memory to memory, as 3.9's own: before, only the builder that it calls is there."""
+    where = _semantic._convert_to_ir_values(coordinates, require_i64=False)  # noqa: SLF001
+    _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, descriptor.handle, where, source.handle)
+
+
+add_tile = TMA.async_atomic_add if hasattr(tma, "async_atomic_add") else reduce_tile
