@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tuned_runs import Run, running
+from tuned_runs import FAKES, Run, running
 
 from longspan.autotune import folders, table
 from longspan.autotune.journal import place
 from longspan.cli.page import Refused
-from longspan.cli.tune import crew, seconds
+from longspan.cli.tune import Asked, crew, seconds, tune
 from longspan.cli.tune_lock import alone
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="sessions and limits of Linux")
@@ -209,3 +209,12 @@ def test_a_second_tuner_of_a_gpu_is_refused(tmp_path: Path, started: Callable[..
     first.communicate()
     out, _ = started("fake_kernels:PLAIN").communicate(timeout=60)  # the lock died with its holder
     assert json.loads(out)["ok"]
+
+
+def test_kernels_of_other_machines_are_named_in_a_line(
+    run: Callable[..., Run], capsys: pytest.CaptureFixture[str]
+) -> None:
+    del run  # for its folder
+    sources = ("fake_kernels:PLAIN", "fake_kernels:NOTHING")
+    assert tune(Asked(**{**FAKES, "as_json": False, "sources": sources})) == 0
+    assert "nothing: nothing to tune on sm_90\n" in capsys.readouterr().out
