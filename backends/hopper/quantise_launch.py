@@ -26,12 +26,8 @@ def quantised(x: Tensor, signs: Tensor | None = None, *, values: bool = False) -
     width = triton.next_power_of_2(max(d, 16))
     tall = max(16384 // width, 128 if signs is not None else 16)
     grid, strides = (-(-whole // tall), b * h), x.stride()[:3]
-    flags = {
-        "TURNED": signs is not None,
-        "T": tall,
-        "D": width,
-        "num_warps": 8 if values or (signs is not None and width == 256) else 4,
-    }
+    warps = 16 if signs is not None and width == 256 else 8
+    flags = {"TURNED": signs is not None, "T": tall, "D": width, "num_warps": warps}
     given = largest if signs is None else signs
     largest_kernel[grid](x, given, largest, n, d, h, *strides, **flags)
     quantise_kernel[grid](x, given, largest, out, scale, n, d, h, *strides, whole, VALUES=values, **flags)
