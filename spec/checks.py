@@ -134,7 +134,7 @@ def check_attention(  # noqa: C901
     if scale is not None and (isinstance(scale, Tensor) or not math.isfinite(scale)):
         refuse("scale", "a finite number, and no tensor", scale)
     if softcap is not None and (isinstance(softcap, Tensor) or not 0 < softcap <= torch.finfo(floating(q)).max):
-        refuse("softcap", "a finite number above 0, or None", softcap)
+        refuse("softcap", "a finite number above 0, or None, and no tensor", softcap)
     if isinstance(q_offset, Tensor):
         if list(q_offset.shape) != [q.shape[0]] or q_offset.dtype not in INTEGERS:
             got = f"{q_offset.dtype} {list(q_offset.shape)}"
