@@ -1,4 +1,4 @@
-"""The eight-bit kernels of `hopper` compile for sm_90 without one, under every Triton they are for, and spill next to nothing.
+"""The eight-bit kernels of `hopper` compile for sm_90 without one, under every Triton they are for, and fit.
 
 A Triton other than the installed one is asked where TRITON_3_6_PYTHON, TRITON_3_7_PYTHON or TRITON_3_9_PYTHON says
 which Python has it.

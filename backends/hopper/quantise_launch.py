@@ -24,10 +24,9 @@ def quantised(x: Tensor, signs: Tensor | None = None, *, values: bool = False) -
         return out, torch.full_like(largest, LEAST)
     scale = torch.empty_like(largest)
     width = triton.next_power_of_2(max(d, 16))
-    tall = max(16384 // width, 128 if signs is not None else 16)
+    tall = 16384 // width
     grid, strides = (-(-whole // tall), b * h), x.stride()[:3]
-    warps = 16 if signs is not None and width == 256 else 8
-    flags = {"TURNED": signs is not None, "T": tall, "D": width, "num_warps": warps}
+    flags = {"TURNED": signs is not None, "T": tall, "D": width, "num_warps": 8}
     given = largest if signs is None else signs
     largest_kernel[grid](x, given, largest, n, d, h, *strides, **flags)
     quantise_kernel[grid](x, given, largest, out, scale, n, d, h, *strides, whole, VALUES=values, **flags)
