@@ -24,6 +24,7 @@ CASES: list[tuple[int, int, str, dict[str, Any]]] = [
     (130, 160, "causal() & window(20, keep_first=9)", {"alibi": True}), (90, 90, "chunks(37) & causal()", {}),
     (40, 100, "causal() & window(8, keep_first=30)", {"k_offset": 75}),  # the head lies before the keys given
     (128, 300, "documents([64, 64], [256, 1000]) & causal() & window(16, keep_first=4)", {}),  # and behind some rows
+    (90, 70, "causal()", {"alibi": True, "q_offset": [5, -40]}),
     (70, 70, "causal()", {"scale": -0.3}), (70, 70, "everything()", {"scale": 0.0}),
 ]  # fmt: skip
 
@@ -40,12 +41,13 @@ def test_partitions_agree(
     mask: Any = eval(source, {**vars(masks)})  # noqa: S307 - our own source
     q, k, v = torch.randn(b, h, m, d), torch.randn(b, g, n, d), torch.randn(b, g, n, d)
     k_offset = options.get("k_offset", 0)
-    unseen = ~spec.visible(spec.bounds(mask, b, m, n, k_offset=k_offset), n).any(1)
+    q_offset = torch.tensor(options["q_offset"], dtype=torch.int32) if "q_offset" in options else None
+    unseen = ~spec.visible(spec.bounds(mask, b, m, n, q_offset=q_offset, k_offset=k_offset), n).any(1)
     k, v = (x.masked_fill(unseen[:, None, :, None], float("nan")) for x in (k, v))
     sink = torch.randn(h) if options.get("sink") else None
     alibi = torch.tensor([0.5, 0.1]) if options.get("alibi") else None
     scale, softcap = options.get("scale", 0.125), options.get("softcap")
-    seen = lowering.lower(mask, b, m, n, q_offset=None, k_offset=k_offset, device=q.device)
+    seen = lowering.lower(mask, b, m, n, q_offset=q_offset, k_offset=k_offset, device=q.device)
     call = launch.Call(sink, alibi, seen.rows, seen.sequences, tuple(seen.interval), scale, softcap, torch.float32)
     form = forward.variant(call, q, k, v)
     everything = form.MASK == "none" or (source == "everything()" and n % 32 == 0)
@@ -71,7 +73,8 @@ def test_partitions_agree(
                 C=form,
             )  # fmt: skip
     truth = spec.attention(
-        q.double(), k.double(), v.double(), mask=mask, scale=scale, softcap=softcap, k_offset=k_offset,
+        q.double(), k.double(), v.double(), mask=mask, scale=scale, softcap=softcap,
+        q_offset=q_offset, k_offset=k_offset,
         sink=None if sink is None else sink.double(), alibi=None if alibi is None else alibi.double(),
     )  # fmt: skip
     torch.testing.assert_close(out.double(), truth.out, rtol=1e-4, atol=1e-4)
