@@ -30,8 +30,9 @@ the other does the same, and its products fill the gaps:
 
 Shared memory holds dS twice: who has stored its dS(t) has multiplied all of dS(t-1). The loader leaves two integers
 beside every tile of queries, which say where it is and whether the mask cuts it, and beside the keys which they are.
-Barriers: `*_full` say that the bytes are there, `*empty` that they have been read, `scores_full` that both warpgroups
-have stored a dS, `keys_done` that both have multiplied their last one with these keys.
+Barriers: `*_full` say that the bytes are there, `*empty` that they have been read, `scores_full` (two, in turn) that
+both warpgroups have stored a dS, `keys_done` that both have multiplied their last one
+with these keys.
 Shapes: M queries and N keys of a tile, H = N / 2, D head and E value dimension padded to a power of two.
 """
 
@@ -266,11 +267,11 @@ def absorb_partition(
                 # The other warpgroup has multiplied what was here two steps ago: it arrived one step ago.
                 score_tiles.index((step & 1) * 2 + w).store(d_score)
                 fence_async_shared()
-                mbarrier.arrive(scores_full, count=1)
+                mbarrier.arrive(scores_full.index(step & 1), count=1)
             if BY_ROWS:
                 dv_sum = warpgroup_mma(weight_left, gradient, dv_sum, is_async=True)
             if ADD:
-                mbarrier.wait(scores_full, step & 1)
+                mbarrier.wait(scores_full.index(step & 1), step // 2 & 1)
                 dq_part = multiply_queries(
                     w, step & 1, 2 * side + nil, score_tiles, k_tiles, D, H, BY_ROWS, DQ_ROWS, DQ_COLUMNS, QUERY
                 )
@@ -358,18 +359,18 @@ def backward_kernel(
     v_full = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
     kv_empty = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
     keys_done = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
-    scores_full = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
+    scores_full = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
     part_full = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
     part_empty = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
     q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     d_out_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     mbarrier.init(keys_done, count=2)
-    mbarrier.init(scores_full, count=2)
     for side in gl.static_range(2):
         mbarrier.init(k_full.index(side), count=1)
         mbarrier.init(v_full.index(side), count=1)
         mbarrier.init(kv_empty.index(side), count=2)
+        mbarrier.init(scores_full.index(side), count=2)
         mbarrier.init(part_full.index(side), count=1)
         mbarrier.init(part_empty.index(side), count=1)
     for stage in gl.static_range(STAGES):
