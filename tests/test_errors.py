@@ -40,7 +40,10 @@ ATTENTION: list[tuple[Callable[[Backend], Any], str]] = [
     (lambda of: of.attention(X[:, :3], K, K), "q heads must be a multiple of k heads"),
     (lambda of: of.attention(X, K, K, sink=torch.zeros(3)), r"sink must be one floating number per head, \[4\], got"),
     (lambda of: of.attention(X, K, K, alibi=torch.zeros(4).int()), r"alibi must be one floating number per head"),
-    (lambda of: of.attention(X, K, K, softcap=0.0), "softcap must be a finite number above 0, or None, and no tensor, got 0.0"),
+    (
+        lambda of: of.attention(X, K, K, softcap=0.0),
+        "softcap must be a finite number above 0, or None, and no tensor, got 0.0",
+    ),
     (lambda of: of.attention(X, K, K, softcap=-1.0), "softcap must be a finite number above 0"),
     (lambda of: of.attention(X, K, K, scale=float("nan")), "scale must be a finite number, and no tensor, got nan"),
     (lambda of: of.attention(X, K, K, q_offset=ONE), r"q_offset must be an int or an integer tensor \[2\]"),
