@@ -105,12 +105,11 @@ def space(kernel: str, case: Case) -> Iterator[Values]:
                 yield {**untuned, "W": w, "N": n, "STAGES": stages, "REGISTERS": registers, "LOADER": loader,
                        "HEADS": heads}  # fmt: skip
         return
-    wide = max(d, int(case.key["e"])) > 128
-    stays = (False,) if wide or "persistent" not in untuned else (False, True)
     # Not one stage: the next scores are begun before a tile is given back, and would wait for ever.
-    for m, stages, together, stay in product((64,) if wide else (64, 128), (2, 3, 4), (4, 8, 16), stays):
-        choice = {**untuned, "tile_m": m, "stages": stages, "together": together, "persistent": stay}
-        yield {name: choice[name] for name in untuned}
+    width = max(d, int(case.key["e"]))
+    rows, depths, shares = ((64, 128), (2, 3, 4), (4, 8, 16)) if width == 64 else ((64,), (2, 3), (2, 4, 8, 16, 32))
+    for m, stages, together, stays in product(rows, depths, shares, (False, True) if width <= 128 else (False,)):
+        yield {**untuned, "tile_m": m, "stages": stages, "together": together, "persistent": stays}
 
 
 def related(kernel: str, case: Case) -> list[Case]:
