@@ -93,9 +93,11 @@ class Bound:
     def at(self, i: int, address: int) -> Any:
         """What a kernel is given for an address."""
         dtype = self.dtypes[i]
-        assert (dtype is None) == (address == 0)
         if dtype is None:
+            assert address == 0
             return None
+        if address == 0:  # of a workspace that nobody needs
+            return torch.empty(0, dtype=dtype)
         x = torch.frombuffer((ctypes.c_char * dtype.itemsize).from_address(address), dtype=dtype)
         return TensorDescriptor(x, *self.described[i]) if i in self.described else x
 
