@@ -60,15 +60,18 @@ def backend(name: str) -> ModuleType:
     return module
 
 
-def own(name: str) -> Callable[[Ask], Function]:
+def own(name: str, *, in_place: bool = False) -> Callable[[Ask], Function]:
     """Enter a backend of this project with attention and rotation."""
 
     def prepare(ask: Ask) -> Function:
         module, operation = backend(name), "rotate_qk" if ask.cell.rotary else "attention"
+        if in_place and ask.cotangents:
+            msg = "what turns in place has no gradient"
+            raise Skipped(msg)
         options = ask.options
         serve(module, operation, *ask.inputs, **options)
-        if operation == "rotate_qk":
-            return lambda q, k: module.rotate_qk(q, k, **options)
+        if ask.cell.rotary:
+            return lambda q, k: getattr(module, operation + "_" * in_place)(q, k, **options)
         return lambda q, k, v: (module.attention(q, k, v, **options).out,)
 
     return prepare
@@ -264,6 +267,7 @@ CONTESTANTS: Final = (
     Contestant("hopper, e4m3 and quantising", ("quantised",), e4m3(inside=True), own=True, rounded=True),
     Contestant(f"hopper, pages of {PAGE}", ("decode",), paged("hopper"), own=True),
     Contestant("flash", (*ATTENTION, "growth", "rotate"), own("flash"), own=True),
+    Contestant("flash, in place", ("rotate",), own("flash", in_place=True), own=True),
     Contestant(f"flash, pages of {PAGE}", ("decode",), paged("flash"), own=True),
     Contestant("sdpa", ("forward", "backward", "decode", "memory"), own("sdpa"), own=True),
     Contestant("SDPA FA2", ATTENTION, sdpa(SDPBackend.FLASH_ATTENTION)),
