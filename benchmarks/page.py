@@ -7,6 +7,8 @@ from typing import Any, Final
 
 from peers import CEILINGS, CONTESTANTS
 
+from longspan.backends import NAMES
+
 BEGIN: Final = "<!-- made by benchmarks/plots.py from benchmarks/results: begin -->"
 END: Final = "<!-- made by benchmarks/plots.py from benchmarks/results: end -->"
 EMPTY: Final = "No results are recorded yet: `make bench` records those of your GPU."
@@ -28,6 +30,8 @@ RATED: Final = {
     "forward": "attention, forward", "backward": "attention, backward", "features": "real models' masks and scores",
     "decode": "decode", "rotate": "rotary embedding",
 }  # fmt: skip
+FASTEST: Final = "the fastest of them"
+SPREAD: Final = 0.1  # of the median: what marks a figure as loose
 SHOWN: Final = ("forward", "backward", "decode", "rotate", "memory")  # as pictures, in README
 OWN: Final = tuple(contestant.name for contestant in CONTESTANTS if contestant.own)
 KERNELS: Final = tuple(name for name in OWN if name != "sdpa")  # which only leads to PyTorch's
@@ -74,7 +78,7 @@ def device(found: dict[str, Any], images: set[str]) -> str:
 
 
 def brief(results: Sequence[dict[str, Any]], images: Iterable[str]) -> str:
-    """Write README's part: every backend against every peer, table by table, and the pictures.
+    """Write README's part: every backend against its peers, table by table, and the pictures.
 
     Args:
         results: Results files, as read.
@@ -85,34 +89,48 @@ def brief(results: Sequence[dict[str, Any]], images: Iterable[str]) -> str:
 
 
 def against(found: dict[str, Any], images: set[str]) -> list[str]:
-    """Write README's part on one device."""
-    rows = []
-    for section, run in found["sections"].items():
-        if section in RATED:
-            rows += [[RATED[section], *row] for row in ratios(run["cells"])]
+    """Write README's part on one device: a row a table and backend, a column a peer."""
+    rated = {RATED[section]: ratios(run["cells"]) for section, run in found["sections"].items() if section in RATED}
+    seen = {peer for of in rated.values() for by_peer in of.values() for peer in by_peer} - {FASTEST}
+    peers = [*(contestant.name for contestant in CONTESTANTS if contestant.name in seen), FASTEST]
+    rows = [
+        [title, backend, *(by_peer.get(peer, "–") for peer in peers)]
+        for title, of in rated.items()
+        for backend, by_peer in of.items()
+    ]
     dates = sorted({run["date"] for run in found["sections"].values()})
-    head = f"{found['device']}, {dates[0][:10]}: speed as a multiple of the peer's, in one run with it."
+    head = (
+        f"{found['device']}, {dates[0][:10]}: speed as a multiple of the peer's, in one run with it (above 1: faster). "
+        "The geometric mean over the problems that both ran (worst … best)."
+    )
     pictures = [
         f"![{TITLES[section]}, {found['device']}](docs/images/{picture(found['device'], section)})"
         for section in SHOWN
         if section in found["sections"] and picture(found["device"], section) in images
     ]
-    titles = ["table", "backend", "against", "geometric mean", "worst problem", "best problem"]
-    return [head, table(titles, rows), *pictures]
+    return [head, table(["table", "backend", *peers], rows), *pictures]
 
 
-def ratios(cells: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """Rate this project's contestants by each peer that ran the same problems: backend, peer, mean, worst, best."""
+def ratios(cells: Sequence[dict[str, Any]]) -> dict[str, dict[str, str]]:
+    """Rate backends by each peer, over the problems that both ran, and by the fastest peer of each problem.
+
+    Returns:
+        Backend → peer, or `FASTEST` → geometric mean, worst and best. Twins, as that of pages, are not rated.
+    """
     times = [{x["kernel"]: x["median_us"] for x in cell["readings"]} for cell in cells]
     ordered = [name for name in names(cells) if name not in CEILINGS]
-    rows = []
-    for own in (name for name in ordered if name in KERNELS):
-        for peer in (name for name in ordered if name not in OWN):
+    peers = [name for name in ordered if name not in OWN]
+    for time in times:
+        if ran := [time[peer] for peer in peers if peer in time]:
+            time[FASTEST] = min(ran)
+    rated: dict[str, dict[str, str]] = {}
+    for own in (name for name in ordered if name in KERNELS and name in NAMES):
+        for peer in (*peers, FASTEST):
             found = [time[peer] / time[own] for time in times if {own, peer} <= set(time)]
             if found:
                 mean = math.exp(sum(map(math.log, found)) / len(found))
-                rows.append([own, peer, *(f"{x:.2f}" for x in (mean, min(found), max(found)))])
-    return rows
+                rated.setdefault(own, {})[peer] = f"{mean:.2f} ({min(found):.2f} … {max(found):.2f})"
+    return rated
 
 
 def picture(name: str, section: str) -> str:
@@ -123,7 +141,9 @@ def picture(name: str, section: str) -> str:
 def origin(run: dict[str, Any]) -> str:
     """Say when, and with what."""
     versions = ", ".join(f"{name} {value}" for name, value in run["versions"].items() if value != "absent")
-    return f"One run, {run['date']}; {versions}."
+    rounds = {x["rounds"] for cell in run["cells"] for x in cell["readings"] if "rounds" in x}
+    of = f" of {max(rounds)} rounds" if rounds else ""
+    return f"One run{of}, {run['date']}; {versions}."
 
 
 def grid(section: str, cells: Sequence[dict[str, Any]]) -> str:
@@ -138,10 +158,10 @@ def grid(section: str, cells: Sequence[dict[str, Any]]) -> str:
 
 
 def figure(reading: dict[str, Any] | None, best: float | None) -> str:
-    """One figure, and beside it the time of an eager launch where a graph was timed."""
+    """One figure, loose ones marked, and beside it the time of an eager launch where a graph was timed."""
     if reading is None:
         return "–"
-    text = short(reading["figure"])
+    text = ("≈ " if reading["spread"] > SPREAD else "") + short(reading["figure"])
     if reading["median_us"] == best:
         text = f"**{text}**"
     if reading["eager_us"] is not None:

@@ -85,12 +85,21 @@ def test_the_pages_are_what_the_script_makes_of_the_results(bench: Bench) -> Non
 
 
 def test_a_rating_is_the_geometric_mean_over_the_problems_that_both_ran(bench: Bench) -> None:
-    times = [{"flash": 2.0, "SDPA FA2": 4.0}, {"flash": 2.0, "SDPA FA2": 1.0}, {"flash": 5.0}]
-    cells = [
-        {"readings": [{"kernel": name, "median_us": time} for name, time in cell.items()]}
-        for cell in (*times, {"SDPA FA2": 9.0, "sdpa": 1.0, "read sweep": 1.0})
+    times = [
+        {"flash": 2.0, "flash, pages of 64": 3.0, "SDPA FA2": 4.0, "FlexAttention": 1.0},
+        {"flash": 2.0, "SDPA FA2": 1.0}, {"flash": 5.0}, {"SDPA FA2": 9.0, "sdpa": 1.0, "read sweep": 1.0},
+    ]  # fmt: skip
+    cells = [{"readings": [{"kernel": name, "median_us": time} for name, time in cell.items()]} for cell in times]
+    rated = {
+        "SDPA FA2": "1.00 (0.50 … 2.00)", "FlexAttention": "0.50 (0.50 … 0.50)",
+        bench.page.FASTEST: "0.50 (0.50 … 0.50)",
+    }  # fmt: skip
+    assert bench.page.ratios(cells) == {"flash": rated}
+    run = {"date": "2026-01-01T00:00Z", "cells": cells}
+    _, shown = bench.page.against({"device": "GPU", "sections": {"rotate": run, "forward": run}}, set())
+    assert shown.splitlines()[2:] == [
+        f"| {title} | flash | {' | '.join(rated.values())} |" for title in ("rotary embedding", "attention, forward")
     ]
-    assert bench.page.ratios(cells) == [["flash", "SDPA FA2", "1.00", "0.50", "2.00"]]
 
 
 def test_pictures_and_tables_show_every_figure(bench: Bench, monkeypatch: Patch, tmp_path: Path) -> None:
