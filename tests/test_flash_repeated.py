@@ -1,6 +1,6 @@
 """Calls of `flash` that are remembered: only what is launched alike is taken for alike, and errors stay errors."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from typing import Any
 
@@ -16,6 +16,7 @@ pytest.importorskip("triton")
 from longspan import autotune, spec
 from longspan.backends import flash
 from longspan.backends.flash import forward, function, plan, rope, rope_kernel
+from longspan.backends.hopper.remembered import asked
 from longspan.spec import masks
 
 attention = import_module("longspan.backends.flash.attention")  # the package gives that name to the function
@@ -111,28 +112,62 @@ def call(ask: dict[str, Any]) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
     return tensors, {"mask": MASKS[ask["mask"]](), **options}
 
 
-def key_of(tensors: tuple[Tensor, ...], options: dict[str, Any]) -> Any:
-    """What the call is remembered as."""
+def given_to(tensors: tuple[Tensor, ...], options: dict[str, Any]) -> list[Any]:
+    """Arguments of a call, in the order of those who remember it."""
     names = ("mask", "scale", "softcap", "sink", "alibi", "q_offset", "k_offset", "out_dtype")
-    return attention.asked(*tensors, *(options[name] for name in names))
+    return [*tensors, *(options[name] for name in names)]
+
+
+def key_of(tensors: tuple[Tensor, ...], options: dict[str, Any]) -> Any:
+    """What the call is remembered as: all but its sizes, and these; None if it is not."""
+    known = attention.related(*given_to(tensors, options))
+    return known and known[:2]
+
+
+def key_of_hopper(tensors: tuple[Tensor, ...], options: dict[str, Any]) -> Any:
+    """What `hopper` would remember the call as; it lowers masks and options as `flash` does."""
+    return asked(*given_to(tensors, options))
+
+
+def launch_of(ask: dict[str, Any]) -> Any:
+    """What is launched for a call that nothing is known of."""
+    plan.forget()
+    LAUNCHES.clear()
+    tensors, options = call(ask)
+    with torch.no_grad():
+        flash.attention(*tensors, **options)
+    assert len(LAUNCHES) == 1
+    return told(LAUNCHES[0])
+
+
+# Beside each key, the masks that have none, or a new one each time.
+KEYS = ((key_of, "prefix"), (key_of_hopper, "lengths"))
 
 
 @given(first=asks, swap=st.sets(st.sampled_from(sorted(CHOICES)), max_size=2), second=asks)
 def test_calls_of_one_key_are_launched_alike(first: dict[str, Any], swap: set[str], second: dict[str, Any]) -> None:
     # Mostly alike: two random calls would never have the same key.
     other = {name: second[name] if name in swap else value for name, value in first.items()}
-    calls, launched = [call(first), call(other)], []
-    for tensors, options in calls:
-        plan.forget()
-        LAUNCHES.clear()
-        with torch.no_grad():
-            flash.attention(*tensors, **options)
-        assert len(LAUNCHES) == 1
-        launched.append(told(LAUNCHES[0]))
-    keys = [key_of(*one) for one in calls]
-    assert keys[0] != keys[1] or launched[0] == launched[1]
-    if not swap and first["mask"] != "lengths":
-        assert keys[0] == keys[1]
+    launched = launch_of(first), launch_of(other)
+    for of, renewed in KEYS:
+        keys = of(*call(first)), of(*call(other))
+        assert None in keys or keys[0] != keys[1] or launched[0] == launched[1]
+        if not swap and first["mask"] != renewed:
+            assert keys[0] == keys[1]
+            assert keys[0] is not None
+
+
+@pytest.mark.parametrize("name", [name for name, values in CHOICES.items() if len(values) > 1])
+def test_whatever_changes_a_launch_changes_the_key(name: str) -> None:
+    plain = {name: values[-1] for name, values in CHOICES.items()} | {"mask": "window"}
+    changed = 0
+    for value in CHOICES[name]:
+        other = plain | {name: value}
+        alike = launch_of(plain) == launch_of(other)
+        changed += not alike
+        for of, _ in KEYS:
+            assert alike or of(*call(plain)) != of(*call(other))
+    assert changed
 
 
 @given(ask=asks)
@@ -194,7 +229,8 @@ def test_overridden_choices_are_neither_remembered_nor_passed_over() -> None:
         assert len(LAUNCHES) == 3
 
 
-def test_watched_calls_are_not_remembered() -> None:
+@pytest.mark.parametrize("key_of", [key_of, key_of_hopper])
+def test_watched_calls_are_not_remembered(key_of: Callable[..., Any]) -> None:
     q, k, v = (heads(2, 5, 16, torch.float16, "plain") for _ in range(3))
     plain = {
         "mask": masks.causal(), "scale": None, "softcap": None, "sink": None, "alibi": None, "q_offset": None,
@@ -203,7 +239,8 @@ def test_watched_calls_are_not_remembered() -> None:
     assert key_of((q, k, v), plain) is not None
     assert key_of((q.clone().requires_grad_(), k, v), plain) is None
     assert key_of((q, k, v), {**plain, "sink": torch.zeros(2, requires_grad=True)}) is None
-    assert key_of((q, k, v), {**plain, "q_offset": torch.zeros(2, dtype=torch.int32)}) is None
+    for true in ({"q_offset": True}, {"k_offset": True}):  # equal to 1, which is an offset
+        assert key_of((q, k, v), plain | true) is None
     with torch.no_grad():
         assert key_of((q.clone().requires_grad_(), k, v), plain) is not None
     with FakeTensorMode(allow_non_fake_inputs=True):

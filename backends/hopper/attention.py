@@ -20,21 +20,19 @@ from longspan.spec.checks import check_attention, check_lengths, check_ragged
 from longspan.spec.masks import Mask, documents, everything
 
 from ..flash import decode, paged
-from ..flash.attention import asked, contiguous, one_batch
 from ..flash.attention import attention as attention_of_few
+from ..flash.attention import contiguous, one_batch
 from ..flash.autograd import revealed
-from ..flash.launch import Again
 from ..flash.lowering import lower
-from ..flash.plan import Sightings, memory, recall, remember
+from ..flash.plan import recall, remember
 from ..flash.rope_function import PLAIN, transformed, watched
 from ..flash.rope_kernel import on
 from ..registry import Unsupported
 from .function import attend, call_of, launch_call
 from .launch import LONGEST, declines_address, declines_shape
+from .remembered import REPEATED, SEEN, asked
 
 DTYPES: Final = (torch.float16, torch.bfloat16)
-REPEATED: Final[dict[Any, Again]] = memory()  # what `asked` returns, to how it was launched
-SEEN: Final = Sightings()
 OUT_DTYPES: Final = (torch.float16, torch.bfloat16, torch.float32)
 
 
