@@ -5,7 +5,7 @@ values of a tensor: on a GPU that would stall the caller.
 """
 
 import math
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Final
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 FLOATS: Final = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 INTEGERS: Final = (torch.int32, torch.int64)
 PAIRINGS: Final = ("half", "interleaved")
+NUMBERS: Final = (Real, torch.SymFloat, torch.SymInt)  # numpy's scalars are Real; what a compiler traces is not
 
 
 def floating(x: Tensor) -> torch.dtype:
@@ -131,10 +132,10 @@ def check_attention(  # noqa: C901
     for name, x in given.items():
         if x is not None and (list(x.shape) != [q.shape[1]] or x.dtype not in FLOATS):
             refuse(name, f"one floating number per head, [{q.shape[1]}]", f"{x.dtype} {list(x.shape)}")
-    if scale is not None and (isinstance(scale, Tensor) or not math.isfinite(scale)):
-        refuse("scale", "a finite number, and no tensor", scale)
-    if softcap is not None and (isinstance(softcap, Tensor) or not 0 < softcap <= torch.finfo(floating(q)).max):
-        refuse("softcap", "a finite number above 0, or None, and no tensor", softcap)
+    if scale is not None and not (isinstance(scale, NUMBERS) and math.isfinite(scale)):
+        refuse("scale", "a finite number, and no tensor or array", repr(scale))
+    if softcap is not None and not (isinstance(softcap, NUMBERS) and 0 < softcap <= torch.finfo(floating(q)).max):
+        refuse("softcap", "a finite number above 0, or None, and no tensor or array", repr(softcap))
     if isinstance(q_offset, Tensor):
         if list(q_offset.shape) != [q.shape[0]] or q_offset.dtype not in INTEGERS:
             got = f"{q_offset.dtype} {list(q_offset.shape)}"

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import jaxtyping
+import numpy as np
 import pytest
 import torch
 
@@ -42,10 +43,13 @@ ATTENTION: list[tuple[Callable[[Backend], Any], str]] = [
     (lambda of: of.attention(X, K, K, alibi=torch.zeros(4).int()), r"alibi must be one floating number per head"),
     (
         lambda of: of.attention(X, K, K, softcap=0.0),
-        "softcap must be a finite number above 0, or None, and no tensor, got 0.0",
+        "softcap must be a finite number above 0, or None, and no tensor or array, got 0.0",
     ),
     (lambda of: of.attention(X, K, K, softcap=-1.0), "softcap must be a finite number above 0"),
-    (lambda of: of.attention(X, K, K, scale=float("nan")), "scale must be a finite number, and no tensor, got nan"),
+    (
+        lambda of: of.attention(X, K, K, scale=float("nan")),
+        "scale must be a finite number, and no tensor or array, got nan",
+    ),
     (lambda of: of.attention(X, K, K, q_offset=ONE), r"q_offset must be an int or an integer tensor \[2\]"),
     (lambda of: of.attention(X, K, K, k_offset=-1), "k_offset must be a whole number of at least 0"),
     (lambda of: of.attention(X, K, K, out_dtype=torch.int8), "out_dtype must be one of"),
@@ -61,6 +65,16 @@ ATTENTION: list[tuple[Callable[[Backend], Any], str]] = [
     (lambda of: of.attention(X, K, K, q_offset=1.5), "q_offset must be a whole number"),
     (lambda of: of.attention(X, K, K, q_offset=2**63), "q_offset must be a whole number"),
     (lambda of: of.attention(X, K, K, scale=torch.tensor(1.0)), "scale must be a finite number, and no tensor"),
+    (
+        lambda of: of.attention(X, K, K, scale=np.array(0.5)),
+        r"scale must be a finite number, and no tensor or array, got array\(0.5\)",
+    ),
+    (lambda of: of.attention(X, K, K, scale="0.5"), "scale must be a finite number, and no tensor or array, got '0.5'"),
+    (lambda of: of.attention(X, K, K, scale=0.5j), "scale must be a finite number"),
+    (
+        lambda of: of.attention(X, K, K, softcap=np.array(5.0)),
+        r"softcap must be a finite number .*, and no tensor or array, got array\(5.\)",
+    ),
     (lambda of: of.attention(X, K, K, softcap=1e39), "softcap must be a finite number above 0"),
     (lambda of: of.attention(X, K, K, softcap=torch.tensor(1.0)), "softcap must be a finite number .*, and no tensor"),
     (lambda of: of.attention_varlen(X, K, K, ONE, ONE), r"q must be \[tokens, heads, head_dim\]"),
@@ -103,6 +117,18 @@ NAMES = [f"{i} {message[:24]}" for i, (_, message) in enumerate(MEANINGLESS)]
 def test_a_meaningless_call_is_refused(name: str, call: Callable[[Backend], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call(backends.load(name))
+
+
+@pytest.mark.parametrize("number", [np.float32, np.float64])
+@pytest.mark.parametrize("name", backends.available())
+def test_a_scalar_of_numpy_is_a_number(name: str, number: Callable[[float], Any]) -> None:
+    backend = backends.load(name)
+    options = {"scale": 0.25} | ({} if name == "sdpa" else {"softcap": 2.0})  # which PyTorch's kernels lack
+    for _ in range(2):  # the second time, a backend may remember the first
+        found = backend.attention(X, K, K, **{of: number(value) for of, value in options.items()})
+        expected = backend.attention(X, K, K, **options)
+        assert torch.equal(found.out, expected.out)
+        assert torch.equal(found.lse, expected.lse)
 
 
 def test_an_unknown_backend_lists_the_known() -> None:
