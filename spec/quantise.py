@@ -1,7 +1,9 @@
 """Heads in eight bits: e4m3 numbers and what to multiply them with (FlashAttention-3, arXiv:2407.08608, §3.3).
 
-A block of tokens shares one scale, by which its largest element becomes the largest number of e4m3, 448. The block is
-a whole head ("per-tensor" for each head and sequence) or a number of tokens (the paper's block quantisation).
+    scale = max |x| / 448        values = round(x / scale)        x ≈ values · scale
+
+The maximum is that of a block of tokens, and 448 the largest number of e4m3. The block is a whole head ("per-tensor",
+for each head and sequence) or a number of tokens (the paper's block quantisation).
 Attention to quantised heads is, by definition, attention to what they stand for.
 Shapes: b batch, h heads, n tokens, d head dimension, t blocks of tokens: t = ⌈n / block⌉.
 """
@@ -66,8 +68,8 @@ def quantise(x: Float[Tensor, "b h n d"], *, block: int | None = None) -> Quanti
     largest = tiles.abs().masked_fill(~tiles.isfinite(), 0.0).amax((3, 4))
     # By a tensor: a GPU multiplies with the rounded inverse of a number.
     scale = (largest / torch.full_like(largest, LARGEST)).clamp(min=LEAST).to(torch.float32)
-    small = x.to(floating(x)) / by_token(scale, x.shape[2], block)
-    return Quantised(small.masked_fill(small.isinf(), torch.nan).to(E4M3), scale, block)
+    scaled = x.to(floating(x)) / by_token(scale, x.shape[2], block)
+    return Quantised(scaled.masked_fill(scaled.isinf(), torch.nan).to(E4M3), scale, block)
 
 
 def dequantise(x: Quantised, dtype: torch.dtype = torch.float64) -> Float[Tensor, "b h n d"]:

@@ -97,8 +97,8 @@ def largest_of_blocks_before(x: Tensor, *, block: int | None = None) -> Quantise
     return made(x, quantise(x, block=block).scale.cummax(2).values, block)
 
 
-def range_of_e5m2(x: Tensor, *, block: int | None = None) -> Quantised:
-    """Scale to 240, the largest of another e4m3."""
+def range_of_e4m3fnuz(x: Tensor, *, block: int | None = None) -> Quantised:
+    """Scale to 240, the largest of the e4m3 that AMD's gfx942 has."""
     return made(x, quantise(x, block=block).scale * (448 / 240), block)
 
 
@@ -152,7 +152,7 @@ def zeros_divided_by_zero(x: Tensor, *, block: int | None = None) -> Quantised:
 
 
 MUTANTS: Final = (
-    one_scale_for_all_heads, blocks_one_token_late, largest_of_blocks_before, range_of_e5m2,
+    one_scale_for_all_heads, blocks_one_token_late, largest_of_blocks_before, range_of_e4m3fnuz,
     sign_forgotten_in_the_largest, truncated, two_bits_of_mantissa, nothing_below_the_least_normal,
     nan_in_the_scale, nan_made_zero, infinity_made_448, zeros_divided_by_zero,
 )  # fmt: skip
