@@ -31,8 +31,8 @@ the other does the same, and its products fill the gaps:
 Shared memory holds dS twice: who has stored its dS(t) has multiplied all of dS(t-1). The loader leaves two integers
 beside every tile of queries, which say where it is and whether the mask cuts it, and beside the keys which they are.
 Barriers: `*_full` say that the bytes are there, `*empty` that they have been read, `scores_full` (two, in turn) that
-both warpgroups have stored a dS, `keys_done` that both have multiplied their last one
-with these keys.
+both warpgroups have stored a dS, `keys_done` that both have multiplied their last one with these keys, `part_*` what
+the warpgroups leave to the adder.
 Shapes: M queries and N keys of a tile, H = N / 2, D head and E value dimension padded to a power of two.
 """
 

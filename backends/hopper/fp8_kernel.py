@@ -215,7 +215,7 @@ def log_sum(peak, sums, line, row, m, lse, C: gl.constexpr):
 
 @gluon.jit
 def write(acc, inverse, line, row, m, e, out, out_at, staging, C: gl.constexpr):
-    """Write a warpgroup's rows of out: by the copy engine, or in float32 from registers."""
+    """Write a warpgroup's rows of out: by the copy engine, or from registers where they are not STAGED."""
     M: gl.constexpr = C.M
     E: gl.constexpr = C.E
     PARTS: gl.constexpr = C.PARTS
