@@ -107,6 +107,10 @@ SIZE = {"m": 600, "q": "plain", "k": "cache of wider heads", "q_offset": None, "
     sizes=[SIZE | {"n": 1}, SIZE | {"n": 2}],
 )
 @example(
+    family={"g": 1, "d": 128, "mask": "causal", "scale": None, "options": False},
+    sizes=[SIZE | {"n": n, "k": "plain"} for n in (2048, 2049)],
+)
+@example(
     family={"g": 4, "d": 64, "mask": "causal", "scale": None, "options": False},
     sizes=[SIZE | {"n": 650}, SIZE | {"n": 650, "q_offset": 700}],
 )

@@ -55,6 +55,7 @@ class Choice:
 
 
 SHORT: Final = 2048  # keys
+LARGEST: Final = 256  # queries or keys of a tile: see `kin.NEAR` and `decode_choices.LEAST`
 
 # Kernel, width and whether tensors can be described: tile_m, tile_n, num_warps, num_stages, descriptors.
 HOPPER: Final = {
@@ -93,9 +94,22 @@ def asked(key: Key) -> Asked:
 
 def build(key: Key, values: Values) -> Choice:
     """Make a choice of a row's; tensors that cannot be described are read through pointers."""
-    made: Any = dict(checked(values, ("tile_m", "tile_n", "num_warps"), ("num_stages",)))
+    made: Any = dict(bounded(checked(values, ("tile_m", "tile_n", "num_warps"), ("num_stages",)), "tile_m", "tile_n"))
     choice = Choice(**made)
     return choice if key.descriptors or not choice.descriptors else replace(choice, descriptors=False)
+
+
+def bounded(values: Values, *names: str) -> Values:
+    """Return launch parameters once tiles are seen to be no larger than whoever remembers launches counts on.
+
+    Raises:
+        ValueError: For a larger one.
+    """
+    for name in names:
+        if int(values[name]) > LARGEST:
+            msg = f"{name} must be at most {LARGEST}, got {values[name]}"
+            raise ValueError(msg)
+    return values
 
 
 def brief(key: Key, keys: int) -> Key:
@@ -105,7 +119,12 @@ def brief(key: Key, keys: int) -> Key:
     queries, reach 245, 348 and 434 TFLOP/s at 512, 1024 and 2048 keys, one of 128 queries 197, 289 and 374.
     """
     lower = key.kernel == "forward" and key.architecture == "sm_90" and key.masked and key.descriptors
-    return replace(key, short=True) if lower and keys <= SHORT and key.width == 128 and key.itemsize == 2 else key
+    return replace(key, short=True) if lower and short(keys) and key.width == 128 and key.itemsize == 2 else key
+
+
+def short(keys: int) -> bool:
+    """Whether there may be other tiles for so few keys: all that a choice depends on of their number."""
+    return keys <= SHORT
 
 
 def heuristic(key: Key) -> Choice:

@@ -13,6 +13,7 @@ import torch
 
 from longspan.autotune import Asked, Lookup, Values, checked
 
+from .choices import bounded
 from .launch import INTERPRETED, architecture, padded
 
 
@@ -149,7 +150,7 @@ class Tiles(NamedTuple):
     resident: int
 
 
-LEAST: Final = 256  # keys of a split: fewer cost more to merge than they save
+LEAST: Final = 256  # keys of a split: fewer cost more to merge than they save; a tile has no more
 LEAST_PAGED: Final = 512  # keys of a part, likewise
 MOST: Final = 256  # splits
 SMALLEST: Final = 64  # keys of a tile that the copy engine loads from a page
@@ -223,7 +224,7 @@ def asked(key: TileKey) -> Asked:
 
 def build(key: TileKey, values: Values) -> Tiles:
     """Make tiles of a row's; those of float32 have rows of their own."""
-    made: Any = dict(checked(values, ("tile_n", "num_warps"), ("num_stages", "resident")))
+    made: Any = dict(bounded(checked(values, ("tile_n", "num_warps"), ("num_stages", "resident")), "tile_n"))
     return Tiles(16 if key.itemsize == 4 else key.rows, **made)
 
 

@@ -12,11 +12,11 @@ from typing import NamedTuple
 from torch import Tensor
 
 from . import decode
-from .choices import SHORT
+from .choices import short
 from .decode_choices import LEAST
 from .kin import LONGEST, NEAR, kinds
 from .launch import Again, Call
-from .reach import FARTHEST, Each, Reach
+from .reach import FARTHEST, Each, Reach, any_sees, each_sees
 
 
 class Sizes(NamedTuple):
@@ -64,18 +64,16 @@ def form(
 
     Of tensors whose addresses are aligned: others are launched by no plan.
     """
-    (m, n, values, of_q, of_k, of_v, q_offset, k_offset), (low, high, stop, _, _) = sizes, interval
+    m, n, values, of_q, of_k, of_v, q_offset, k_offset = sizes
     if n != values or not 0 < m <= LONGEST or not 0 < n <= LONGEST or q.shape[0] * m >= 2**31:
         return None
     if not 0 <= k_offset < FARTHEST or abs((q_offset or 0) - k_offset) + m > LONGEST:
         return None
     if of_q[2] >= NEAR or of_k[2] >= NEAR or of_v[2] >= NEAR:
         return None
-    few = decode.few(q, k, v)
-    seen = low <= 0 and m - 1 + high >= n and stop >= n
     return (
-        (m, -(-n // LEAST)) if few else (n <= SHORT, low <= 1 - m and high >= n and stop >= n),
-        each or not seen,
+        (m, -(-n // LEAST)) if decode.few(q, k, v) else (short(n), each_sees(m, n, *interval)),
+        each or not any_sees(m, n, *interval),
         each and q_offset is None,  # where the kernel that lowers finds the queries
         kinds(of_q, of_k, of_v),
         (m == 1, n == 1),  # of such an axis, descriptors do not ask for the stride

@@ -4,10 +4,12 @@ from collections.abc import Hashable
 from functools import lru_cache
 from typing import Any, Final
 
-from .plan import ALIGNED, MANY
+from .choices import LARGEST
+from .plan import ALIGNED
 
 LONGEST: Final = 2**30 - 1  # tokens: positions and their differences stay inside int32
-NEAR: Final = 2**31 // 256  # elements from row to row, within which a tile of any choice spans less than 2^31
+NEAR: Final = 2**31 // LARGEST  # elements from row to row, within which a tile of any choice spans less than 2^31
+FORMS: Final = 64  # launches of kin that are kept at once
 
 
 class Kin:
@@ -30,8 +32,8 @@ class Kin:
 
     def learn(self, sizes: Hashable, form: Hashable, launch: object) -> None:
         """Keep how a problem was launched."""
-        if len(self.forms) >= MANY:
-            self.forms.clear()
+        if form not in self.forms and len(self.forms) >= FORMS:
+            del self.forms[next(iter(self.forms))]  # the oldest
         self.forms[form] = launch
         self.last = sizes, launch
 

@@ -14,7 +14,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .choices import Choice, Kernel, Key, brief, choose
 from .plan import ALIGNED, layout_described
-from .reach import Lowered, all_seen
+from .reach import Lowered, all_seen, each_sees
 from .tiles import split
 
 LOG2_E: Final = math.log2(math.e)
@@ -120,8 +120,7 @@ def describable(x: Tensor) -> bool:
 def select(kernel: Kernel, call: Call, q: Tensor, k: Tensor, v: Tensor, *more: Tensor) -> Choice:
     """Choose how a kernel is launched on these tensors."""
     m, n = q.shape[2], k.shape[2]
-    low, high, stop, _, _ = call.interval
-    everything = call.rows is None and call.sequences is None and low <= 1 - m and high >= n and stop >= n
+    everything = call.rows is None and call.sequences is None and each_sees(m, n, *call.interval)
     key = Key(
         kernel=kernel, architecture=architecture(), width=padded(max(q.shape[3], v.shape[3])),
         itemsize=q.element_size(), masked=not everything, descriptors=all(map(describable, (q, k, v, *more))),

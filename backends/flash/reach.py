@@ -181,6 +181,14 @@ class Lowered(NamedTuple):
 
 def all_seen(lowered: Lowered, m: int, n: int) -> bool:
     """Say, from the integers alone, whether every key is seen by some query, so that none may hold NaN."""
-    if lowered.rows is not None or lowered.sequences is not None:
-        return False
-    return m > 0 and lowered.low <= 0 and m - 1 + lowered.high >= n and lowered.stop >= n
+    return lowered.rows is None and lowered.sequences is None and any_sees(m, n, *lowered.interval)
+
+
+def any_sees(m: int, n: int, low: int, high: int, stop: int, *_: int) -> bool:
+    """Say of an interval whether every key is seen by some query."""
+    return m > 0 and low <= 0 and m - 1 + high >= n and stop >= n
+
+
+def each_sees(m: int, n: int, low: int, high: int, stop: int, *_: int) -> bool:
+    """Say of an interval whether every key is seen by every query."""
+    return low <= 1 - m and high >= n and stop >= n
