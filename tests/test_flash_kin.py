@@ -1,5 +1,6 @@
 """What launches that are taken to other sizes count on: tiles of bounded size, and a bounded number of launches."""
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -7,7 +8,8 @@ import pytest
 
 pytest.importorskip("triton")
 
-from longspan.backends.flash import choices, decode_choices, kin
+from longspan.autotune import Case
+from longspan.backends.flash import choices, decode_choices, decode_families, kin
 
 FORWARD = choices.Key(kernel="forward", architecture="sm_90", width=64, itemsize=2, masked=True, descriptors=True)
 FEW = decode_choices.TileKey(paged=False, architecture="sm_90", rows=16, width=64, itemsize=2, descriptors=True)
@@ -46,3 +48,15 @@ def test_kin_keep_few_launches_and_forget_the_oldest() -> None:
         assert len(known.forms) == kin.FORMS
         assert known.find((i,)) == known.forms[i] == f"launch {i}"
     assert list(known.forms) == list(range(4 * kin.FORMS, 5 * kin.FORMS))
+
+
+@pytest.mark.parametrize("scale", [None, 0.0, -0.2])
+def test_a_paged_problem_is_tuned_with_the_scale_that_it_asks_for(
+    scale: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(decode_families.pages, "launch", lambda *given: launched.append(given))
+    problem: dict[str, Any] = {"b": 2, "h": 2, "g": 1, "m": 1, "n": 64, "d": 16, "page": 16, "causal": True}
+    case = Case(key={}, problem=problem | ({} if scale is None else {"scale": scale}), variant={})
+    decode_families.prepare_paged(case, "cpu", False)()  # not filled in
+    assert launched[0][9] == (1 / math.sqrt(16) if scale is None else scale)

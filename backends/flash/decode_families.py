@@ -114,11 +114,12 @@ def prepare_paged(case: Case, device: str, fill: bool) -> Callable[[], Any]:
     table = order.to(torch.int32).reshape(b, -1).to(device)
     q_lengths, lengths = (torch.full((b,), value, dtype=torch.int32, device=device) for value in (m, n))
     seen = pages.sight(mask_of(case.problem, b, m, n))
-    options: Any = {name: case.problem.get(name) for name in ("scale", "softcap")}
+    scale: Any = case.problem.get("scale", 1 / math.sqrt(d))
+    softcap: Any = case.problem.get("softcap")
     sink, alibi = (q.new_ones(h, dtype=torch.float32) if name in case.problem else None for name in ("sink", "alibi"))
     return lambda: pages.launch(
         q, q_lengths, *pools, table, lengths, sink, alibi, [*seen[:4], *seen.chunks],
-        options["scale"] or 1 / math.sqrt(d), options["softcap"], q.dtype,
+        scale, softcap, q.dtype,
     )  # fmt: skip
 
 
