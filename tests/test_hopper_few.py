@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from longspan import backends, spec
 from longspan.laws import Attention, attention_bounds, worst
@@ -45,6 +46,20 @@ def test_few_queries_may_lie_anywhere_and_be_wide() -> None:
     assert declined(q, latent, latent[..., :512]) is None
     assert "up to 256, got 576 of q" in str(declined(q.requires_grad_(), latent, latent[..., :512]))
     assert "up to 256, got 576 of q" in str(declined(heads(2, 300, 576), latent, latent[..., :512]))
+
+
+@pytest.mark.parametrize("learns", [False, True])
+def test_what_has_an_output_has_a_gradient(learns: bool) -> None:
+    with FakeTensorMode():
+        q, k = (torch.empty(2, h, 300, 64, dtype=torch.float16, device="cuda", requires_grad=learns) for h in (4, 2))
+        alibi = torch.empty(4, device="cuda")
+        for mask in (masks.causal(), masks.causal() & masks.window(30, keep_first=2), masks.documents([100, 200])):
+            options: dict[str, Any] = {"mask": mask, "softcap": 9.0, "sink": alibi, "alibi": alibi}
+            assert attention.declines_attention(q, k, k, **options, deterministic=True) is None
+        reason = attention.declines_attention(q, k, k, alibi=alibi.requires_grad_())
+        assert "no gradient for alibi" in str(reason)
+        wide = torch.empty_like(q, dtype=torch.float32)
+        assert "serves fp16 and bf16" in str(attention.declines_attention(wide, wide, wide))
 
 
 @pytest.mark.parametrize("lie", [lambda x: x, shifted], ids=["aligned", "shifted"])

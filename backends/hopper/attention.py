@@ -89,7 +89,7 @@ def attention(
         if state is not None:
             return AttentionState(*state)
     q, k, v, sink, alibi = revealed(q, k, v, sink, alibi)
-    reason = declines_problem(
+    reason = declines_attention(
         q, k, v, mask=mask, scale=scale, softcap=softcap, sink=sink, alibi=alibi,
         q_offset=q_offset, k_offset=k_offset, out_dtype=out_dtype,
     )  # fmt: skip
@@ -99,7 +99,6 @@ def attention(
         q_offset=q_offset, k_offset=k_offset, out_dtype=out_dtype, deterministic=deterministic,
     )  # fmt: skip
     if key is None:
-        serve(declines_gradient(q, k, v, sink, rest))
         return AttentionState(*attend(q, k, v, *rest))
     call = call_of(*rest)
     # Bounds are tensors, whose contents may be others next time.
@@ -123,26 +122,13 @@ def declines_attention(
     q: Tensor, k: Tensor, v: Tensor, *,
     mask: Mask = everything(), scale: float | None = None, softcap: float | None = None, sink: Tensor | None = None,  # noqa: B008
     alibi: Tensor | None = None, q_offset: int | Tensor | None = None, k_offset: int = 0,
-    out_dtype: torch.dtype | None = None, deterministic: bool = False,
+    out_dtype: torch.dtype | None = None, deterministic: bool = False,  # noqa: ARG001
 ) -> str | None:  # fmt: skip
-    """Say why `attention` would raise `Unsupported`, or None.
+    """Say why `attention` would raise `Unsupported`, or None. The backward pass serves whatever the forward pass does.
 
     Raises:
         ValueError: For what means nothing, as the specification.
     """
-    options = {"scale": scale, "softcap": softcap, "sink": sink, "alibi": alibi, "q_offset": q_offset,
-               "k_offset": k_offset, "out_dtype": out_dtype}  # fmt: skip
-    reason = declines_problem(q, k, v, mask=mask, **options)
-    if reason is not None or not differentiated(q, k, v, sink):
-        return reason
-    return declines_gradient(q, k, v, sink, lowered(q, k, mask=mask, deterministic=deterministic, **options))
-
-
-def declines_problem(
-    q: Tensor, k: Tensor, v: Tensor, *, mask: Mask, scale: float | None, softcap: float | None, sink: Tensor | None,
-    alibi: Tensor | None, q_offset: int | Tensor | None, k_offset: int, out_dtype: torch.dtype | None,
-) -> str | None:  # fmt: skip
-    """Say why the forward kernel does not serve a problem, or None."""
     check_attention(
         q, k, v, scale=scale, softcap=softcap, sink=sink, alibi=alibi,
         q_offset=q_offset, k_offset=k_offset, out_dtype=out_dtype,
@@ -199,21 +185,6 @@ def lowered(
         1 / math.sqrt(q.shape[3]) if scale is None else float(scale), None if softcap is None else float(softcap),
         q.dtype if out_dtype is None else out_dtype, deterministic,
     )  # fmt: skip
-
-
-def differentiated(*x: Tensor | None) -> bool:
-    """Whether a gradient may be asked of a call."""
-    asked = torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in x)
-    return asked or transformed()
-
-
-def declines_gradient(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, rest: tuple[Any, ...]) -> str | None:
-    """Say why a problem has no backward kernel, or None where it has, or needs none."""
-    if not differentiated(q, k, v, sink):
-        return None
-    from .backward import declines_backward  # noqa: PLC0415 - Gluon is slow to import, and of no use elsewhere
-
-    return declines_backward(call_of(*rest), q, k, v)
 
 
 def attention_varlen(

@@ -1,4 +1,4 @@
-"""The backward pass of the backend `hopper`: what it serves, and the launches.
+"""The launches of the backward pass of the backend `hopper`, which serves whatever the forward pass does.
 
 Shapes: b batch, h query heads, g key heads, m queries, n keys, d head dimension, e value dimension.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..flash.backward import launch_queries
 from ..flash.launch import LOG2_E, per_sequence
-from ..flash.reach import all_seen
+from ..flash.reach import all_seen, each_sees
 from ..flash.sight import sight
 from .backward_kernel import backward_kernel
 from .backward_passes import finish_kernel, prepare_kernel
@@ -62,11 +62,6 @@ def widths(d: int, e: int) -> tuple[int, int]:
     return max(padded(d), least), max(padded(e), least)
 
 
-def declines_backward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> str | None:
-    """Say why `backward` would not run where the forward pass does, or None: it serves whatever that does."""
-    del call, q, k, v
-
-
 def backward(
     call: Call, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None,
     choice: Choice | None = None,
@@ -92,9 +87,7 @@ def backward(
     """
     b, h, m, e = out.shape
     if choice is None:
-        low, high, stop, _, _ = call.interval
-        affine = call.rows is None and call.sequences is None
-        even = affine and low <= 1 - m and high >= k.shape[2] and stop >= k.shape[2]
+        even = call.rows is None and call.sequences is None and each_sees(m, k.shape[2], *call.interval)
         choice = choose(q.shape[3], e, plain=call.rows is None and call.softcap is None, even=even)
     width = widths(q.shape[3], e)[0]
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from longspan.autotune import Asked, Lookup, Values, checked
 
+from ..flash.reach import each_sees
 from .backward import Choice, choose, widths
 from .launch import SOURCES, Call
 
@@ -29,9 +30,7 @@ class Key(NamedTuple):
 def chosen(call: Call, q: Tensor, k: Tensor, v: Tensor) -> Choice:
     """Choose how the gradient of a call is computed."""
     m, n = q.shape[2], k.shape[2]
-    low, high, stop, _, _ = call.interval
-    affine = call.rows is None and call.sequences is None
-    even = affine and low <= 1 - m and high >= n and stop >= n
+    even = call.rows is None and call.sequences is None and each_sees(m, n, *call.interval)
     plain = call.rows is None and call.softcap is None
     return TUNED(Key(*widths(q.shape[3], v.shape[3]), plain=plain, even=even))
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from longspan.autotune import Asked, Lookup, Values, checked
 
-from ..flash.reach import all_seen
+from ..flash.reach import all_seen, each_sees
 from .gluon import VERSION, gl
 from .launch import SOURCES, Call, padded
 
@@ -39,10 +39,10 @@ class Variant:
         BIASED: Whether scores are scaled, and lowered with the distance (ALiBi), before their maximum is known; else
             the scale is positive, and is part of the exponential.
         STAGED: Whether out leaves through shared memory; in float32 it leaves from registers.
+        REUSE: Whether it leaves through that of the queries, where there is no room for more.
         HELD: Whether the queries of a tile stay in registers, which spares the tensor cores to read them once per tile
             of keys.
         OVERLAP: Whether the exponentials of a tile come before the wait for the values of the tile before it.
-        REUSE: Whether it leaves through that of the queries, where there is no room for more.
     """
 
     W: int
@@ -158,7 +158,7 @@ def variant(call: Call, q: Tensor, k: Tensor, v: Tensor) -> Variant:
     mask = "rows" if call.rows is not None else "each" if call.sequences is not None else "affine"
     dead = not all_seen(call.lowered, m, n)
     biased = call.alibi is not None or call.negative
-    everything = mask == "affine" and low <= 1 - m and high >= n and stop >= n
+    everything = mask == "affine" and each_sees(m, n, *call.interval)
     rich = dead or mask == "rows" or biased or call.softcap is not None
     tiles = TUNED(Key(d, e, masked=not everything, rich=rich))
     # The widest are staged where the queries were, whose dtype that place has.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from longspan.spec import Quantised
 
-from ..flash.reach import Lowered, all_seen
+from ..flash.reach import Lowered, all_seen, each_sees
 from .forward import processors
 from .fp8_kernel import fp8_kernel
 from .gluon import TensorDescriptor, gl
@@ -78,8 +78,7 @@ def variant(seen: Lowered, m: int, n: int, d: int, e: int, out_dtype: torch.dtyp
     """Choose how a call is computed."""
     width = max(padded(d), padded(e))
     warpgroups, keys = (3, 128) if width == 64 else (2, 256) if width == 128 else (2, 128)
-    everything = seen.low <= 1 - m and seen.high >= n and seen.stop >= n
-    masked = not (everything and n % keys == 0)
+    masked = not (each_sees(m, n, *seen.interval) and n % keys == 0)
     # Of the widest heads there are not registers for a mask and for addresses in shared memory.
     staged = out_dtype.itemsize == 2 and not (width == 256 and masked)
     return Variant(

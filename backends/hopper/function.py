@@ -1,7 +1,7 @@
 """Attention of the backend `hopper` as autograd, `torch.func` and `torch.compile` see it; see `flash.autograd`.
 
 The backward is `backward.py`, which offers ``backward(call, q, k, v, out, lse, d_out, d_lse)``, the gradients of q, k,
-v and of the sinks by sequence (``[b, h]``, or ``[b, 0]`` without sinks), and ``declines_backward(call, q, k, v)``.
+v and of the sinks by sequence (``[b, h]``, or ``[b, 0]`` without sinks).
 Kernels are imported when they are first launched: Gluon is slow to import, and of no use on other machines.
 """
 
