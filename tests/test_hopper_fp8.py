@@ -1,5 +1,6 @@
 """Attention of `hopper` to quantised heads: what it declines, how values are laid out, and on an H200 its numbers."""
 
+import importlib
 from typing import Any, Final
 
 import pytest
@@ -110,6 +111,17 @@ def test_heads_that_are_not_served_are_declined_by_name() -> None:
     q = heads(0, d=24)
     assert "steps of 16" in str(hopper.declines("quantise", q, q, q))
     assert "turns fp16 and bf16" in str(hopper.declines("quantise", *[heads(0)] * 3, signs=torch.ones(32).to(DEVICE)))
+
+
+def test_heads_that_the_copy_engine_cannot_address_are_declined_by_name() -> None:
+    declined = importlib.import_module("longspan.backends.hopper.fp8").declines_heads
+    k = MADE[1]
+    turned = k.values.transpose(2, 3).contiguous().transpose(2, 3)
+    room = k.values.new_empty(k.values.numel() + 1)[1:].view(k.values.shape)
+    for values_of, reason in ((turned, "whose last stride is 1"), (room, "multiples of 16 bytes; k is not")):
+        assert str(declined("k", k._replace(values=values_of))).startswith("hopper.attention_quantised reads tensors")
+        assert reason in str(declined("k", k._replace(values=values_of)))
+    assert declined("k", k) is None
 
 
 def test_what_means_nothing_is_refused_as_by_the_specification() -> None:

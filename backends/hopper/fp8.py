@@ -191,7 +191,7 @@ def declines_heads(name: str, x: Quantised | Values) -> str | None:
         return f"hopper.attention_quantised counts at most {LONGEST} tokens, got {tokens} of {name}"
     if not x.values.numel() or (name == "v" and isinstance(x, Quantised)):
         return None  # nothing to address, or it will be copied
-    return declines_address(name, x.values)
+    return declines_address(name, x.values, "attention_quantised")
 
 
 def lowered(mask: Mask, q: Quantised, k: Quantised, q_offset: int | Tensor | None, k_offset: int) -> Lowered:

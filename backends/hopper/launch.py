@@ -49,16 +49,16 @@ def declines_shape(name: str, x: Tensor, widest: int) -> str | None:
     return None
 
 
-def declines_address(name: str, x: Tensor) -> str | None:
+def declines_address(name: str, x: Tensor, operation: str = "attention") -> str | None:
     """Say why the copy engine cannot address a tensor, or None."""
     if x.stride(3) != 1:
-        return f"hopper.attention reads tensors whose last stride is 1, got strides {list(x.stride())} of {name}"
+        return f"hopper.{operation} reads tensors whose last stride is 1, got strides {list(x.stride())} of {name}"
     if x.data_ptr() % ALIGNED:
-        return f"hopper.attention reads tensors at addresses that are multiples of {ALIGNED} bytes; {name} is not"
+        return f"hopper.{operation} reads tensors at addresses that are multiples of {ALIGNED} bytes; {name} is not"
     size = x.element_size()
     if any(n > 1 and (step <= 0 or step * size % ALIGNED) for n, step in zip(x.shape[:3], x.stride()[:3], strict=True)):
         return (
-            f"hopper.attention reads tensors whose strides are multiples of {ALIGNED} bytes and repeat nothing, "
+            f"hopper.{operation} reads tensors whose strides are multiples of {ALIGNED} bytes and repeat nothing, "
             f"got strides {list(x.stride())} of {name}"
         )
     return None
