@@ -137,7 +137,7 @@ class Repeated(NamedTuple):
     shared: bool
 
     def resized(self, call: Call, q: Tensor, k: Tensor, v: Tensor) -> "Repeated":
-        """Take the code to a problem that differs in the number of keys alone; see `growing.form`."""
+        """Take the code to a problem of as many queries that differs in sizes alone; see `growing.form`."""
         bound = self.attended.resized(self.attended.grid, (*numbers_of(call, q, k, v), self.splits), q, k, v)
         return self._replace(attended=bound)
 
