@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from captured import captured
 from poisoned import GUARD, copied, poisoned, same
 
 from longspan.backends import flash
@@ -69,13 +70,7 @@ def test_a_captured_graph_replays(case: Case) -> None:
     run = case(flash, DEVICE)
     first = run()
     expected = [x.clone() for x in first]
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=side):
-        found = run()
+    graph, found = captured(run)
     for x in found:
         x.fill_(0.0 if found is first else torch.nan)  # caches, which are written in part, were full of zeros
     graph.replay()

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from captured import captured
 from poisoned import copied, poisoned, same
 
 from longspan.laws.kernel_cases import HOPPER, Case, attention
@@ -43,13 +44,7 @@ def test_a_thousand_launches_give_the_same_bits(case: Case) -> None:
 def test_a_captured_graph_replays(case: Case) -> None:
     run = case(hopper, "cuda")
     expected = copied(run)
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=side):
-        found = run()
+    graph, found = captured(run)
     for _ in range(3):  # what a launch counts with must begin anew each time
         for x in found:
             x.fill_(torch.nan)
