@@ -18,28 +18,9 @@ from triton.backends.compiler import GPUTarget
 from longspan.backends.flash.lowering import lower
 from longspan.backends.hopper import fp8_forward, quantise_launch
 from longspan.backends.hopper.values import Values
+from longspan.laws.offline import pretend
 from longspan.spec import Quantised, masks
 from longspan.spec.quantise import E4M3
-
-
-class Driver:
-    """An H200 that is not there."""
-
-    def get_current_target(self) -> GPUTarget:
-        """What to compile for."""
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self) -> int:
-        """Its number."""
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        """Its stream."""
-        return device
-
-    def get_active_torch_device(self) -> torch.device:
-        """Where tensors lie."""
-        return torch.device("cpu")
 
 
 class Offline:
@@ -90,8 +71,7 @@ def round_heads(d: int) -> None:
 
 
 if __name__ == "__main__":
-    triton.runtime.driver.set_active(Driver())
-    fp8_forward.processors = lambda device: 132  # noqa: ARG005
+    pretend(triton, GPUTarget("cuda", 90, 32))
     for module, name in (
         (fp8_forward, "fp8_kernel"), (quantise_launch, "largest_kernel"), (quantise_launch, "quantise_kernel")
     ):  # fmt: skip

@@ -61,9 +61,10 @@ def lowered(mask: Mask, b: int, m: int, n: int, options: dict[str, Any], device:
     return lower(mask, b, m, n, q_offset=options["q_offset"], k_offset=options["k_offset"], device=device)
 
 
-def worst_gradient(problem: Attention, *, deterministic: bool = False, **how: Any) -> float:
+def worst_gradient(problem: Attention, *, deterministic: bool = False) -> float:
     """Compare all gradients of the kernel with their bounds: the largest error as a fraction of its budget."""
     from longspan.backends.hopper.backward import backward  # noqa: PLC0415 - Gluon is imported where it can run
+    from longspan.backends.hopper.backward_choices import chosen  # noqa: PLC0415
     from longspan.backends.hopper.launch import Call  # noqa: PLC0415
 
     of = problem.inputs("cuda")
@@ -77,7 +78,7 @@ def worst_gradient(problem: Attention, *, deterministic: bool = False, **how: An
     )  # fmt: skip
     found: tuple[Tensor, ...] = backward(
         call, *of.arguments, bound["out"].truth.to(of.q.dtype).contiguous(), bound["lse"].truth.float().contiguous(),
-        of.d_out, of.d_lse, **how,
+        of.d_out, of.d_lse, chosen(call, *of.arguments),
     )  # fmt: skip
     named: dict[str, Tensor] = dict(zip(("dq", "dk", "dv"), found[:3], strict=True))
     if options["sink"] is not None:

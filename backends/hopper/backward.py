@@ -3,7 +3,6 @@
 Shapes: b batch, h query heads, g key heads, m queries, n keys, d head dimension, e value dimension.
 """
 
-from functools import cache
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -11,8 +10,9 @@ import triton
 from torch import Tensor
 
 from ..flash.backward import launch_queries
+from ..flash.decode_choices import processors
 from ..flash.launch import LOG2_E, per_sequence
-from ..flash.reach import all_seen, each_sees
+from ..flash.reach import all_seen
 from ..flash.sight import sight
 from .backward_kernel import backward_kernel
 from .backward_passes import finish_kernel, prepare_kernel
@@ -64,7 +64,7 @@ def widths(d: int, e: int) -> tuple[int, int]:
 
 def backward(
     call: Call, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None,
-    choice: Choice | None = None,
+    choice: Choice,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Launch the backward kernels.
 
@@ -80,15 +80,12 @@ def backward(
         lse: ``[b, h, m]``, contiguous.
         d_out: Gradient of ``out``.
         d_lse: Gradient of ``lse``, or None for zeros.
-        choice: How the kernel is launched.
+        choice: How the kernel is launched; see `backward_choices.chosen`.
 
     Returns:
         Gradients of q, k and v, contiguous, and of the sinks by sequence, ``[b, h]``, or ``[b, 0]`` without sinks.
     """
     b, h, m, e = out.shape
-    if choice is None:
-        even = call.rows is None and call.sequences is None and each_sees(m, k.shape[2], *call.interval)
-        choice = choose(q.shape[3], e, plain=call.rows is None and call.softcap is None, even=even)
     width = widths(q.shape[3], e)[0]
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     d_out = d_out.to(v.dtype)
@@ -166,12 +163,6 @@ def launch(
         describe(dk, half, columns), describe(dv, half, value_columns), *masks, counter, *numbers, **flags,
         PERSISTENT=choice.persistent,
     )  # fmt: skip
-
-
-@cache
-def processors(device: int) -> int:
-    """Count the multiprocessors of a GPU: a block of threads fills one."""
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def describe_lines(x: Tensor, block: list[int], *, linear: bool = False) -> Any:
