@@ -4,12 +4,12 @@ Shapes: b batch, h query heads, g key heads, m queries, n keys, e value dimensio
 """
 
 import math
-from functools import cache
 from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..flash.decode_choices import processors
 from ..flash.launch import per_sequence
 from ..flash.plan import Bound
 from .choices import Variant, variant
@@ -94,9 +94,3 @@ def blind(call: Call, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     """What there is to say where there are no keys."""
     none = -torch.inf if call.sink is None else call.sink.float()[..., None]
     return out.zero_(), lse.copy_(torch.as_tensor(none, device=lse.device).expand_as(lse))
-
-
-@cache
-def processors(device: int) -> int:
-    """Multiprocessors of a device."""
-    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -3,23 +3,21 @@
 Shapes: b batch, h query heads, g key heads, m queries, n keys, d head dimension, e value dimension.
 """
 
-import math
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from longspan.spec import Quantised
 
+from ..flash.decode_choices import processors
+from ..flash.launch import LOG2_E
 from ..flash.reach import Lowered, all_seen, each_sees
-from .forward import processors
 from .fp8_kernel import fp8_kernel
-from .gluon import TensorDescriptor, gl
-from .launch import ALIGNED, describe, padded
+from .gluon import gl
+from .launch import describe, padded
 from .values import Values
-
-LOG2_E: Final = math.log2(math.e)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,18 +104,9 @@ def forward(
     # Each launch counts its own tiles, from zero; where there are programs for all of them, none is counted.
     counter = lse.view(torch.int32) if total <= programs else torch.zeros_like(lse.view(-1)[:1], dtype=torch.int32)
     fp8_kernel[(min(total, programs),)](
-        bytes_of(q.values, form.M, form.D), bytes_of(k.values, form.N, form.D), bytes_of(v.values, form.E, form.N),
+        describe(q.values, form.M, form.D), describe(k.values, form.N, form.D), describe(v.values, form.E, form.N),
         describe(out.view(b * h, m, e), form.M, form.E) if form.STAGED else out, out, lse,
         *(x.scale.contiguous() for x in (q, k, v)), counter, total, tiles, h, h // g, m, b, e,
         seen.low, seen.high, seen.stop, scale * LOG2_E, C=form, num_warps=4,
     )  # fmt: skip
     return out, lse
-
-
-def bytes_of(x: Tensor, rows: int, width: int) -> Any:
-    """Describe e4m3 numbers to the copy engine in tiles [1, 1, rows, width]; see `launch.describe`."""
-    block = [1, 1, rows, width]
-    whole = ALIGNED * -(-x.shape[-1] // ALIGNED)
-    strides = [whole if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True)]
-    layout = gl.NVMMASharedLayout.get_default_for(block, gl.float8e4nv)
-    return TensorDescriptor(x, list(x.shape), [*strides[:-1], 1], block, layout)

@@ -69,7 +69,8 @@ def describe(x: Tensor, rows: int, width: int) -> Any:
     from .gluon import TensorDescriptor, gl  # noqa: PLC0415 - Gluon is slow to import, and of no use elsewhere
 
     block = [*[1] * (x.ndim - 2), rows, width]
-    dtype = getattr(gl, str(x.dtype).removeprefix("torch."))
+    name = str(x.dtype).removeprefix("torch.")
+    dtype = getattr(gl, {"float8_e4m3fn": "float8e4nv"}.get(name, name))
     # The stride of an axis of one element says nothing, and may be anything: also something that the engine refuses.
     whole = ALIGNED * -(-x.shape[-1] // ALIGNED)
     strides = [whole if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True)]
