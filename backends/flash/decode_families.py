@@ -17,7 +17,7 @@ from longspan.autotune import Case, Family, Values
 
 from . import decode
 from . import paged as pages
-from .attention_families import call_of, draw, mask_of, neighbourly, relatives
+from .attention_families import CAUSAL, call_of, draw, mask_of, neighbourly, relatives
 from .decode_choices import SOURCES, FewKey, PagedKey, TileKey, copied, tile_key, tiles_by_rule
 
 HEADS: Final = 32
@@ -33,13 +33,13 @@ RESIDENT: Final = (1, 2, 4)  # programs of a multiprocessor for which the keys a
 
 # What else a key serves; see `attention_families`. Masks of pages are in coordinates of each sequence.
 FEW: Final = {
+    **CAUSAL,
     "documents": {
+        **CAUSAL["documents"],
         "mask": "documents([{m} - {m} // 2, {m} // 2], [{n} // 3, {n} - {n} // 3]) & window({n} // 2, keep_first=3)"
         " & causal()",
-        "softcap": 9.0, "alibi": 0.5, "sink": 1.0,
     },
-    "lengths": {"mask": "lengths([{n} - 9 * row for row in range({b})]) & causal()", "scale": -0.2},
-}  # fmt: skip
+}
 PAGED: Final = {
     "window": {"mask": "causal() & window(70, keep_first=3)", "softcap": 9.0, "alibi": 0.5, "sink": 1.0},
     "chunks": {"mask": "chunks(100) & causal()", "scale": -0.2},
