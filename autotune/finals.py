@@ -1,7 +1,6 @@
 """Finals: the finalists of a key race in rounds, and the winner is verified again before it is written down."""
 
 import json
-import statistics
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
@@ -9,8 +8,7 @@ from .family import Values, canonical
 from .journal import Journal
 from .plan import ATTEMPTS, BROKEN, Candidate, Entry, Fault
 from .pool import Outcome
-from .race import CUT, FINALISTS, ROUNDS, Result, decide, finalists
-from .race import LAUNCHES as TRIED
+from .race import FINALISTS, ROUNDS, Result, decide, finalists, regret
 from .resources import spills
 
 FINAL: Final = 60.0  # seconds that a final may take
@@ -123,7 +121,9 @@ class Finals:
             "problem": dict(entry.case.problem), "verified": max(winner.worst, verdict["worst"]),
         }  # fmt: skip
         if self.exhaustive:
-            evidence["regret"] = round(regret(entry, rounds), 4)
+            times = {one.name: one.times for one in entry.raced}
+            lost = regret(times, rounds, entry.heuristic, lambda name: weight(entry.candidates[name]))
+            evidence["regret"] = round(lost, 4)
         self.journal.win(
             entry.scope, entry.case.posed, winner.choice, worst=verdict["worst"], repeated=verdict["repeated"],
             evidence=evidence,
@@ -146,25 +146,6 @@ def ordered(choice: Values) -> dict[str, Any]:
 def microseconds(seconds: float) -> float:
     """Round to four digits: the others are noise, and noise in a diff."""
     return float(f"{seconds * 1e6:.4g}")
-
-
-def regret(entry: Entry, rounds: dict[str, list[float]]) -> float:
-    """By how much the choice that the race alone would have crowned is slower than the fastest of all.
-
-    Args:
-        entry: A key all of whose choices were in the final.
-        rounds: Their times there.
-    """
-    times = {one.name: one.times[:TRIED] for one in entry.raced if one.name in rounds}
-    best = min(min(spent) for spent in times.values())
-    stayed = {name: entry.candidates[name].times for name, spent in times.items() if min(spent) <= CUT * best}
-    final = finalists(stayed, entry.heuristic)
-    result = decide(
-        {name: rounds[name] for name in final if name in rounds},
-        entry.heuristic,
-        lambda name: weight(entry.candidates[name]),
-    )
-    return statistics.median(rounds[result.winner]) / min(map(statistics.median, rounds.values())) - 1
 
 
 def rows(entries: Sequence[Entry], journal: Journal, triton: str) -> list[dict[str, Any]]:

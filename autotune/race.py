@@ -82,3 +82,22 @@ def deviation(spent: Sequence[float]) -> float:
     """Median absolute deviation by the median."""
     middle = statistics.median(spent)
     return statistics.median(abs(one - middle) for one in spent) / middle
+
+
+def regret(
+    times: Mapping[str, Sequence[float]], rounds: Mapping[str, Sequence[float]], heuristic: str,
+    weight: Callable[[str], Any],
+) -> float:  # fmt: skip
+    """By how much the choice that the race alone would have crowned is slower than the fastest of all.
+
+    Args:
+        times: Seconds of a race of all choices, none of which was cut.
+        rounds: Seconds of a final of all of them.
+        heuristic: The choice that serves without tuning, which no race cuts.
+        weight: See `decide`.
+    """
+    tried = {choice: statistics.median(times[choice][:LAUNCHES]) for choice in rounds}
+    bar = CUT * min(tried.values())
+    stayed = {choice: times[choice] for choice in rounds if tried[choice] <= bar or choice == heuristic}
+    crowned = decide({choice: rounds[choice] for choice in finalists(stayed, heuristic)}, heuristic, weight).winner
+    return statistics.median(rounds[crowned]) / min(map(statistics.median, rounds.values())) - 1

@@ -12,7 +12,7 @@ from longspan.autotune.journal import Journal
 from longspan.autotune.measurer import Measurer
 from longspan.autotune.plan import plan
 from longspan.autotune.pool import Outcome
-from longspan.autotune.race import decide, finalists
+from longspan.autotune.race import decide, finalists, regret
 
 
 def test_finalists_that_die_together_and_not_alone_are_judged_by_their_times_alone(tmp_path: Path) -> None:
@@ -53,6 +53,14 @@ def test_the_heuristic_is_replaced_for_more_than_one_percent_only() -> None:
     rounds = {"heuristic": [1.0], "better": [0.995]}
     assert decide(rounds, "heuristic", len).winner == "heuristic"
     assert decide({**rounds, "better": [0.98]}, "heuristic", len).winner == "better"
+
+
+def test_regret_is_what_the_race_loses_to_a_sweep() -> None:
+    rounds = {"a": [1.0], "b": [1.1], "c": [1.25]}
+    assert regret({"a": [2.0] * 6, "b": [1.9] * 6, "c": [9.0] * 6}, rounds, "b", len) == 0
+    cut = {"a": [2.9, 2.9, 0.1, 0.1, 0.1, 0.1], "b": [2.0] * 6, "c": [1.95] * 6}  # the best was slow when it was tried
+    assert round(regret(cut, rounds, "c", len), 6) == 0.1
+    assert regret(cut, rounds, "a", len) == 0  # a heuristic is never cut
 
 
 def test_a_trial_launches_more_of_what_keeps_up() -> None:
