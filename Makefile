@@ -18,7 +18,7 @@ demo: ## the main job: backends by name, laws against a planted bug, preflight o
 
 test: ## every test; on a machine with a GPU, on the GPU too
 	@tools/setup test
-	.venv/bin/python -m pytest -q $(ARGS)
+	.venv/bin/python -m pytest -q -n auto --dist worksteal $(ARGS)
 
 check: ## every guard that reads the source: style, types, layers, spelling
 	@tools/setup dev

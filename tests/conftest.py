@@ -16,8 +16,8 @@ from hypothesis import HealthCheck, settings
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# What this user has tuned on this machine must not decide what a test launches.
-if "LONGSPAN_TUNE_DIR" not in os.environ:
+# What this user has tuned on this machine must not decide what a test launches, nor what another worker's test tuned.
+if "LONGSPAN_TUNE_DIR" not in os.environ or "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["LONGSPAN_TUNE_DIR"] = tempfile.mkdtemp(prefix="longspan-tests-")
     atexit.register(shutil.rmtree, os.environ["LONGSPAN_TUNE_DIR"], ignore_errors=True)
 
@@ -41,6 +41,16 @@ settings.register_profile("quick", settings.get_profile("ci"), max_examples=5)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 
 torch.set_num_threads(1)  # small problems only lose time in a thread pool
+
+
+MOST = 12  # workers beside one GPU, each of which holds a context and its kernels there
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """As many as there are cores to run on."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, MOST) if torch.cuda.is_available() else cores
 
 
 def installed(package: str) -> str:
