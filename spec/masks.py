@@ -110,6 +110,14 @@ def window(size: int, *, ahead: int = 0, keep_first: int = 0) -> Mask:
 
     ``keep_first`` keys at the start of the document stay visible, never beyond the right edge (attention sinks of
     StreamingLLM, arXiv:2309.17453, §3.2: the mask alone, for that paper also counts positions inside its cache).
+
+    >>> from longspan import spec
+    >>> rows = spec.bounds(window(2, keep_first=1) & causal(), 1, 4, 4)  # 1 sequence, 4 queries, 4 keys
+    >>> spec.visible(rows, 4)[0].int()
+    tensor([[1, 0, 0, 0],
+            [1, 1, 0, 0],
+            [1, 1, 1, 0],
+            [1, 0, 1, 1]], dtype=torch.int32)
     """
     check_count("window size, the query's own key included,", size, 1)
     check_count("window ahead", ahead, 0)

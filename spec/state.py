@@ -49,6 +49,12 @@ def merge(*states: AttentionState) -> AttentionState:
 
     Raises:
         ValueError: For no state at all, or states of different shapes.
+
+    >>> from longspan import spec
+    >>> q, k, v = torch.randn(3, 1, 1, 8, 4, dtype=torch.float64)
+    >>> parts = [spec.attention(q, k[:, :, some], v[:, :, some]) for some in (slice(0, 5), slice(5, 8))]
+    >>> torch.allclose(merge(*parts).out, spec.attention(q, k, v).out)
+    True
     """
     check_states(*states)
     lse = torch.stack([state.lse for state in states], dim=-1)

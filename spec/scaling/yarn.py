@@ -44,6 +44,12 @@ def yarn(
         mscale_all_dim: See `mscale`.
         softmax_mscale: Additionally multiply the softmax scale by temperature(softmax_mscale)² (DeepSeek).
         device: Where the rotation lives.
+
+    >>> made = yarn(8, base=100.0, factor=4.0, original=64)
+    >>> inv_freq(8, base=100.0) / made.inv_freq  # the fastest plane keeps its speed, the slowest is interpolated
+    tensor([1.0000, 1.3333, 2.0000, 4.0000], dtype=torch.float64)
+    >>> round(made.attention_factor, 4)  # 0.1 ln 4 + 1
+    1.1386
     """
     check_planes("yarn", d, base=base, factor=factor, original=original, beta_fast=beta_fast, beta_slow=beta_slow)
     check_ramp("yarn", beta_slow=beta_slow, beta_fast=beta_fast)
