@@ -4,6 +4,7 @@ import json
 import platform
 import re
 import subprocess
+import tomllib
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,7 +16,8 @@ from clock import Reading
 from gate import Verdict
 
 RESULTS: Final = Path(__file__).parent / "results"
-PACKAGES: Final = ("torch", "triton", "flash-attn-4", "liger-kernel", "longspan")
+PACKAGES: Final = ("torch", "triton", "flash-attn-4", "liger-kernel")
+PROJECT: Final = Path(__file__).parent.parent / "pyproject.toml"  # what runs here, whatever is installed
 
 
 def path_of(device: str, folder: Path) -> Path:
@@ -31,6 +33,7 @@ def versions() -> dict[str, str]:
             found[package] = version(package)
         except PackageNotFoundError:
             found[package] = "absent"
+    found["longspan"] = tomllib.loads(PROJECT.read_text("utf-8"))["project"]["version"]
     cudnn = torch.backends.cudnn.version()
     return found | {"cudnn": str(cudnn), "driver": driver()}
 
