@@ -1,4 +1,4 @@
-"""Plant a bug in the sources of `flash`, and import the whole of it under a name of its own.
+"""Plant a bug in the sources of `flash` or `hopper`, and import the whole of it under a name of its own.
 
 Kernels are text to Triton: it reads a function's source again to compile or interpret it. So the folder is copied with
 one snippet replaced, and the copy is a backend like any other, with operators in a namespace of its own.
@@ -17,7 +17,7 @@ from .kernels import FLASH, folder
 
 
 class Edit(NamedTuple):
-    """One snippet of one module of `flash`, and what stands there instead."""
+    """One snippet of one module of a backend, and what stands there instead."""
 
     module: str
     snippet: str
@@ -39,22 +39,22 @@ def edited(text: str, edits: list[Edit]) -> str:
 
 
 @contextmanager
-def planted(name: str, edits: tuple[Edit, ...], home: Path) -> Iterator[Backend]:
-    """Import a copy of `flash` with edits made, from an empty folder.
+def planted(name: str, edits: tuple[Edit, ...], home: Path, original: str = FLASH) -> Iterator[Backend]:
+    """Import a copy of a backend with edits made, from an empty folder.
 
     Raises:
         LookupError: See `edited`.
     """
-    sources = sorted(folder().glob("*.py"))
+    sources = sorted(folder(original).glob("*.py"))
     unknown = {edit.module for edit in edits} - {source.stem for source in sources}
     if unknown:
-        msg = f"flash has no modules {sorted(unknown)}"
+        msg = f"{original} has no modules {sorted(unknown)}"
         raise LookupError(msg)
     for source in sources:
         text = edited(source.read_text("utf-8"), [edit for edit in edits if edit.module == source.stem])
         text = text.replace('"longspan::', f'"longspan_{name}::').replace("ops.longspan.", f"ops.longspan_{name}.")
         (home / source.name).write_text(text, "utf-8")
-    package = f"{FLASH}_{name}"  # beside the original, so that its relative imports find the registry
+    package = f"{original}_{name}"  # beside the original, so that its relative imports find the registry
     spec: Any = spec_from_file_location(package, home / "__init__.py", submodule_search_locations=[str(home)])
     module = sys.modules[package] = module_from_spec(spec)
     try:
