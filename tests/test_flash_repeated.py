@@ -1,7 +1,6 @@
 """Calls of `flash` that are remembered: only what is launched alike is taken for alike, and errors stay errors."""
 
-from collections.abc import Callable, Iterator
-from importlib import import_module
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,11 +14,9 @@ pytest.importorskip("triton")
 
 from longspan import autotune, spec
 from longspan.backends import flash
-from longspan.backends.flash import forward, function, plan, rope, rope_kernel
-from longspan.backends.hopper.remembered import asked
+from longspan.backends.flash import attending, forward, function, plan, rope, rope_kernel
 from longspan.spec import masks
 
-attention = import_module("longspan.backends.flash.attention")  # the package gives that name to the function
 Launch = tuple[tuple[int, ...], tuple[Any, ...], dict[str, Any]]
 LAUNCHES: list[Launch] = []
 AGAIN: list[tuple[int, ...]] = []
@@ -120,13 +117,8 @@ def given_to(tensors: tuple[Tensor, ...], options: dict[str, Any]) -> list[Any]:
 
 def key_of(tensors: tuple[Tensor, ...], options: dict[str, Any]) -> Any:
     """What the call is remembered as: all but its sizes, and these; None if it is not."""
-    known = attention.related(*given_to(tensors, options))
-    return known and known[:2]
-
-
-def key_of_hopper(tensors: tuple[Tensor, ...], options: dict[str, Any]) -> Any:
-    """What `hopper` would remember the call as; it lowers masks and options as `flash` does."""
-    return asked(*given_to(tensors, options))
+    ask = attending.asked(*given_to(tensors, options))
+    return ask and ask[:2]
 
 
 def launch_of(ask: dict[str, Any]) -> Any:
@@ -140,21 +132,16 @@ def launch_of(ask: dict[str, Any]) -> Any:
     return told(LAUNCHES[0])
 
 
-# Beside each key, the masks that have none, or a new one each time.
-KEYS = ((key_of, "prefix"), (key_of_hopper, "lengths"))
-
-
 @given(first=asks, swap=st.sets(st.sampled_from(sorted(CHOICES)), max_size=2), second=asks)
 def test_calls_of_one_key_are_launched_alike(first: dict[str, Any], swap: set[str], second: dict[str, Any]) -> None:
     # Mostly alike: two random calls would never have the same key.
     other = {name: second[name] if name in swap else value for name, value in first.items()}
     launched = launch_of(first), launch_of(other)
-    for of, renewed in KEYS:
-        keys = of(*call(first)), of(*call(other))
-        assert None in keys or keys[0] != keys[1] or launched[0] == launched[1]
-        if not swap and first["mask"] != renewed:
-            assert keys[0] == keys[1]
-            assert keys[0] is not None
+    keys = key_of(*call(first)), key_of(*call(other))
+    assert None in keys or keys[0] != keys[1] or launched[0] == launched[1]
+    if not swap and first["mask"] != "prefix":  # which has bounds of rows, and no key
+        assert keys[0] == keys[1]
+        assert keys[0] is not None
 
 
 @pytest.mark.parametrize("name", [name for name, values in CHOICES.items() if len(values) > 1])
@@ -165,8 +152,7 @@ def test_whatever_changes_a_launch_changes_the_key(name: str) -> None:
         other = plain | {name: value}
         alike = launch_of(plain) == launch_of(other)
         changed += not alike
-        for of, _ in KEYS:
-            assert alike or of(*call(plain)) != of(*call(other))
+        assert alike or key_of(*call(plain)) != key_of(*call(other))
     assert changed
 
 
@@ -228,8 +214,7 @@ def test_overridden_choices_are_neither_remembered_nor_passed_over() -> None:
         assert len(LAUNCHES) == 3
 
 
-@pytest.mark.parametrize("key_of", [key_of, key_of_hopper])
-def test_watched_calls_are_not_remembered(key_of: Callable[..., Any]) -> None:
+def test_watched_calls_are_not_remembered() -> None:
     q, k, v = (heads(2, 5, 16, torch.float16, "plain") for _ in range(3))
     plain = {
         "mask": masks.causal(), "scale": None, "softcap": None, "sink": None, "alibi": None, "q_offset": None,

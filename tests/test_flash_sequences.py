@@ -18,7 +18,7 @@ from longspan.backends import eager, flash
 from longspan.backends.flash import growing, kin, paged_launch, plan, reach
 from longspan.spec import AttentionState, masks
 
-attention = import_module("longspan.backends.flash.attention")  # the package gives that name to the function
+attending = import_module("longspan.backends.flash.attending")
 paged = import_module("longspan.backends.flash.paged")
 pytestmark = pytest.mark.skipif(not flash.INTERPRETED, reason="launches are repeated in the interpreter")
 STEPS = 5
@@ -216,9 +216,9 @@ PAGING = (paged, paged_launch, paged_launch.Repeated)
 MUTANTS: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
     "strides are not told apart": (growing, "kinds", lambda _: lambda *_: ()),
     "strides of pages are not told apart": (paged_launch, "kinds", lambda _: lambda *_: ()),
-    "sizes are one form": (attention, "form", lambda _: lambda *_: 0),
-    "a scale is not in the key": (attention, "related", lambda whole: asked_without(whole, 4)),
-    "a dtype is not in the key": (attention, "related", lambda whole: asked_without(whole, 10)),
+    "sizes are one form": (attending, "form", lambda _: lambda *_: 0),
+    "a scale is not in the key": (attending, "asked", lambda whole: asked_without(whole, 4)),
+    "a dtype is not in the key": (attending, "asked", lambda whole: asked_without(whole, 10)),
     "a scale of pages is not in the key": (paged, "related", lambda whole: asked_without(whole, 7)),
     "masks do not grow": (reach.Reach, "interval", lambda whole: remembered_interval({}, whole)),
     "lengths are lowered as they were": (reach.Each, "resized", lambda _: lambda each, *_: each),

@@ -1,6 +1,5 @@
 """Few queries and pages in `hopper`: which kernels serve, what is served, and that gradients come from either kind."""
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,6 +8,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from longspan import backends, spec
+from longspan.backends.flash import attending
+from longspan.backends.flash.lowering import lower
 from longspan.laws import Attention, attention_bounds, worst
 from longspan.spec import masks
 
@@ -29,6 +30,14 @@ def shifted(x: Tensor) -> Tensor:
     """The same numbers at an address that 16 bytes do not divide."""
     room = x.new_empty(x.numel() + 1)[1:].view(x.shape)
     return room.copy_(x)
+
+
+def lowered(q: Tensor, k: Tensor, options: dict[str, Any], *, deterministic: bool) -> tuple[Any, ...]:
+    """What the operators take beside q, k and v."""
+    mask, sink, alibi, q_offset, k_offset = (options.get(x) for x in ("mask", "sink", "alibi", "q_offset", "k_offset"))
+    seen = lower(mask, 2, q.shape[2], k.shape[2], q_offset=q_offset, k_offset=k_offset or 0, device=q.device)
+    numbers = attending.numbers(q, *(options.get(x) for x in ("scale", "softcap", "out_dtype")))
+    return sink, alibi, seen.rows, seen.sequences, tuple(seen.interval), *numbers, deterministic
 
 
 def declined(q: Tensor, k: Tensor, v: Tensor) -> str | None:
@@ -70,7 +79,7 @@ def test_few_queries_are_attended_from_by_the_kernel_that_splits_keys(lie: Any, 
     of = Attention(b=2, h=4, g=2, m=3, n=100, d=64, e=64, dtype="float16", mask=mask, sink=0.5).inputs(DEVICE)
     q, k, v = map(lie, of.arguments)
     assert function.decode.few(q, k, v)
-    rest = attention.lowered(q, k, **{**of.options, "deterministic": False})
+    rest = lowered(q, k, of.options, deterministic=False)
     out, lse = function.launch_forward(q, k, v, *rest)
     bound = attention_bounds(*of.arguments, **of.options)
     assert max(worst("out", out, bound["out"]), worst("lse", lse, bound["lse"])) <= 1
@@ -79,7 +88,7 @@ def test_few_queries_are_attended_from_by_the_kernel_that_splits_keys(lie: Any, 
 def test_gradients_where_the_copy_engine_cannot_go() -> None:
     of = Attention(b=2, h=4, g=2, m=3, n=100, d=64, e=64, dtype="float16", mask="causal()", sink=0.5).inputs(DEVICE)
     q, k, v = map(shifted, of.arguments)
-    rest = attention.lowered(q, k, **{**of.options, "deterministic": True})
+    rest = lowered(q, k, of.options, deterministic=True)
     out, lse = function.launch_forward(q, k, v, *rest)
     *found, d_sink = function.launch_backward(of.d_out, of.d_lse, out, lse, q, k, v, *rest)
     bound = attention_bounds(*of.arguments, **of.options, d_out=of.d_out, d_lse=of.d_lse)
@@ -100,21 +109,6 @@ def test_pages_of_float32_are_declined_before_they_are_read() -> None:
         spec.attention_paged(*(x.double() if x.is_floating_point() else x for x in half)),
     )
     torch.testing.assert_close(found.out.double(), truth.out, rtol=2e-3, atol=2e-3)
-
-
-def test_few_queries_go_the_way_that_keeps_launches_but_for_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    class OnGpu(SimpleNamespace):
-        """As much of heads as the question takes, on a GPU."""
-
-    monkeypatch.setattr(attention, "watched", lambda *x: any(one.requires_grad for one in x))
-    q, k = (
-        OnGpu(device=torch.device("cuda"), dtype=torch.bfloat16, ndim=4, shape=shape, requires_grad=False)
-        for shape in ((1, 4, 1, 64), (1, 2, 900, 64))
-    )
-    assert attention.few_alone(q, k, k, None, None)
-    for change in ({"dtype": torch.float32}, {"ndim": 3}, {"requires_grad": True}, {"device": torch.device("cpu")}):
-        assert not attention.few_alone(OnGpu(**{**vars(q), **change}), k, k, None, None)
-    assert not attention.few_alone(OnGpu(**{**vars(q), "shape": (1, 4, 300, 64)}), k, k, None, None)
 
 
 @needs_hopper

@@ -3,7 +3,6 @@
 Shapes: b batch, h query heads, g key heads, m queries, n keys, d head dimension, e value dimension.
 """
 
-import math
 from collections.abc import Hashable
 from typing import Any, Final
 
@@ -14,23 +13,16 @@ from torch import Tensor
 from longspan.spec import AttentionState
 from longspan.spec.bounds import check_fit
 from longspan.spec.checks import check_attention, check_lengths, check_ragged
-from longspan.spec.masks import Mask, Term, documents, everything
+from longspan.spec.masks import Mask, documents, everything
 
 from . import decode
-from .autograd import revealed
+from .attending import attending
+from .choices import short
 from .function import attend, launch_call
-from .growing import Launch, Sizes, form
-from .kin import LONGEST, Kin
+from .kin import LONGEST
 from .launch import INTERPRETED, Call
-from .lowering import lower
-from .plan import layout, memory, recall, remember
-from .reach import reach, told
-from .rope import DTYPES, serve
-from .rope_function import watched
-from .rope_kernel import on
-
-OFFSETS: Final = (int, type(None))
-KIN: Final[dict[Any, Kin]] = memory()  # calls, by all but their sizes
+from .reach import each_sees
+from .rope import DTYPES
 
 
 def attention(
@@ -71,88 +63,7 @@ def attention(
         ValueError: For what means nothing, as the specification.
         Unsupported: For what `declines_attention` names.
     """
-    known = related(q, k, v, mask, scale, softcap, sink, alibi, q_offset, k_offset, out_dtype)
-    if known is not None and (kin := recall(KIN, known[0])) is not None:
-        options = scale, softcap, contiguous(sink), contiguous(alibi), q_offset, out_dtype
-        state = repeated(kin, *known[1:], q, k, v, *options)
-        if state is not None:
-            return AttentionState(*state)
-    q, k, v, sink, alibi = revealed(q, k, v, sink, alibi)
-    reason = declines_attention(
-        q, k, v, mask=mask, scale=scale, softcap=softcap, sink=sink, alibi=alibi,
-        q_offset=q_offset, k_offset=k_offset, out_dtype=out_dtype,
-    )  # fmt: skip
-    serve(reason)
-    seen = lower(mask, q.shape[0], q.shape[2], k.shape[2], q_offset=q_offset, k_offset=k_offset, device=q.device)
-    rest = (
-        contiguous(sink), contiguous(alibi), seen.rows, seen.sequences, tuple(seen.interval),
-        1 / math.sqrt(q.shape[3]) if scale is None else float(scale), None if softcap is None else float(softcap),
-        q.dtype if out_dtype is None else out_dtype,
-    )  # fmt: skip
-    if known is None:
-        return AttentionState(*attend(q, k, v, *rest))
-    # Bounds of rows are tensors, whose contents may be others next time; sequences can be lowered again.
-    call = Call(*rest, wanted=seen.rows is None and (seen.sequences is None or seen.each is not None))
-    state = AttentionState(*launch_call(call, q, k, v))
-    if call.again is not None:
-        key, sizes, *_ = known
-        of = form(q, k, v, sizes, call.interval, seen.each is not None)
-        if of is not None:
-            kin = recall(KIN, key) or Kin()
-            kin.learn(sizes, of, Launch(call.again, seen.each))
-            remember(KIN, key, kin)
-    return state
-
-
-def related(
-    q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float | None, softcap: float | None,
-    sink: Tensor | None, alibi: Tensor | None, q_offset: int | Tensor | None, k_offset: int,
-    out_dtype: torch.dtype | None,
-) -> tuple[tuple[Hashable, ...], Sizes, tuple[Term, ...], Tensor | None] | None:  # fmt: skip
-    """Split a call into all but its sizes, and these; and the mask into terms and lengths, see `reach.told`.
-
-    None if autograd, a transform or a compiler watches, if equal keys could be different calls (True is 1, but no
-    offset), and if nobody could launch it again.
-    """
-    offsets = q_offset if isinstance(q_offset, Tensor) else None
-    if type(mask) is not Mask or type(k_offset) is not int or not (offsets is not None or type(q_offset) in OFFSETS):
-        return None
-    terms = told(mask)
-    if terms is None or watched(q, k, v) or any(x is not None and watched(x) for x in (sink, alibi, offsets, terms[1])):
-        return None
-    if not q.ndim == k.ndim == v.ndim == 4:
-        return None
-    (b, h, m, d), (of_k, g, n, of_d), (of_v, of_g, values, e) = q.shape, k.shape, v.shape
-    key = (
-        b, h, d, of_k, g, of_d, of_v, of_g, e, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device, terms[0],
-        scale, softcap, layout(sink), layout(alibi), layout(terms[1]), layout(offsets), out_dtype,
-    )  # fmt: skip
-    sizes = Sizes(m, n, values, q.stride(), k.stride(), v.stride(), None if offsets is not None else q_offset, k_offset)
-    return key, sizes, *terms
-
-
-def repeated(
-    kin: Kin, sizes: Sizes, terms: tuple[Term, ...], lengths: Tensor | None, q: Tensor, k: Tensor, v: Tensor,
-    scale: float | None, softcap: float | None, sink: Tensor | None, alibi: Tensor | None,
-    q_offset: int | Tensor | None, out_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor] | None:  # fmt: skip
-    """Launch a call as another was that is kin to it; None if none is launched alike."""
-    launch = kin.find(sizes)
-    if launch is None:
-        m, n = sizes.m, sizes.n
-        sees, each = reach(terms), lengths is not None or isinstance(q_offset, Tensor)
-        interval = (-m, n, n, 0, 0) if each else sees.interval(m, n, sizes.q_offset, sizes.k_offset)
-        alike = kin.forms.get(form(q, k, v, sizes, interval, each))
-        if alike is None:
-            return None
-        call = Call(
-            sink, alibi, None, None, interval, 1 / math.sqrt(q.shape[3]) if scale is None else float(scale),
-            None if softcap is None else float(softcap), q.dtype if out_dtype is None else out_dtype,
-        )  # fmt: skip
-        launch = alike.resized(sizes, call, sees, q, k, v, lengths, q_offset)
-        kin.last = sizes, launch
-    with on(q.device):
-        return launch(q, k, v, sink, alibi, lengths, q_offset)
+    return ATTENDING(q, k, v, mask, scale, softcap, sink, alibi, q_offset, k_offset, out_dtype)
 
 
 def declines_attention(
@@ -261,6 +172,9 @@ def one_batch(x: Tensor) -> Tensor:
     return rearrange(x, "tokens heads d -> 1 heads tokens d")
 
 
-def contiguous(x: Tensor | None) -> Tensor | None:
-    """Lay a number per head out densely: h numbers."""
-    return None if x is None else x.contiguous()
+def code_of(call: Call, q: Tensor, k: Tensor, _v: Tensor) -> Hashable:
+    """All that code and tiles of the forward kernel depend on of a call's sizes; see `growing.form`."""
+    return short(k.shape[2]), each_sees(q.shape[2], k.shape[2], *call.interval)
+
+
+ATTENDING: Final = attending(Call, declines_attention, launch_call, attend, code_of)

@@ -12,7 +12,8 @@ from torch import Tensor
 from .decode_choices import FewChoice, choose_few, few_key, processors
 from .decode_kernel import few_kernel, few_merge_kernel
 from .fitting import fitting
-from .launch import INTERPRETED, Call, all_seen, describable, describe, numbers_of, padded, per_sequence
+from .kin import Sizes
+from .launch import INTERPRETED, Call, all_seen, describable, describe, numbers_of, padded, per_sequence, renumbered
 from .plan import Bound
 
 WIDEST: Final = 256  # of a head whose row is held whole
@@ -136,10 +137,12 @@ class Repeated(NamedTuple):
     splits: int
     shared: bool
 
-    def resized(self, call: Call, q: Tensor, k: Tensor, v: Tensor) -> "Repeated":
+    def resized(self, sizes: Sizes, interval: tuple[int, ...], q: Tensor, k: Tensor, v: Tensor) -> "Repeated":
         """Take the code to a problem of as many queries that differs in sizes alone; see `growing.form`."""
-        bound = self.attended.resized(self.attended.grid, (*numbers_of(call, q, k, v), self.splits), q, k, v)
-        return self._replace(attended=bound)
+        attended = self.attended
+        numbers = renumbered(attended.numbers, self.shape[0], sizes, interval)
+        attended = attended.resized(attended.grid, numbers, q, k, v)
+        return Repeated(attended, *self[1:])
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, alibi: Tensor | None,

@@ -14,7 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .fitting import fitting
-from .launch import Call, describe, flags, numbers_of, select
+from .kin import Sizes
+from .launch import Call, describe, flags, numbers_of, renumbered, select
 from .plan import Bound, planned
 from .tiles import (
     base_two,
@@ -191,11 +192,12 @@ class Repeated(NamedTuple):
     shape: tuple[int, ...]
     tall: int
 
-    def resized(self, call: Call, q: Tensor, k: Tensor, v: Tensor) -> "Repeated":
+    def resized(self, sizes: Sizes, interval: tuple[int, ...], q: Tensor, k: Tensor, v: Tensor) -> "Repeated":
         """Take the code to a problem that differs in sizes alone; see `growing.form`."""
-        b, h, m, _ = q.shape
-        bound = self.bound.resized((-(-m // self.tall) * h * b,), numbers_of(call, q, k, v), q, k, v)
-        return self._replace(bound=bound, shape=(b, h, m, self.shape[3]))
+        b, h, _, e = self.shape
+        grid, numbers = (-(-sizes.m // self.tall) * h * b,), renumbered(self.bound.numbers, b, sizes, interval)
+        bound = self.bound.resized(grid, numbers, q, k, v)
+        return self._replace(bound=bound, shape=(b, h, sizes.m, e))
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, alibi: Tensor | None,

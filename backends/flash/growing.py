@@ -11,25 +11,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from . import decode
-from .choices import short
-from .decode_choices import LEAST
-from .kin import LONGEST, NEAR, kinds
-from .launch import Again, Call
-from .reach import FARTHEST, Each, Reach, any_sees, each_sees
-
-
-class Sizes(NamedTuple):
-    """What calls differ in that are kin."""
-
-    m: int
-    n: int
-    values: int
-    q: tuple[int, ...]
-    k: tuple[int, ...]
-    v: tuple[int, ...]
-    q_offset: int | None
-    k_offset: int
+from .kin import LONGEST, NEAR, Sizes, kinds
+from .launch import Again
+from .reach import FARTHEST, Each, Reach, any_sees
 
 
 class Launch(NamedTuple):
@@ -49,30 +33,28 @@ class Launch(NamedTuple):
         return None if sequences is None else self.again(q, k, v, sink, alibi, sequences)
 
     def resized(
-        self, sizes: Sizes, call: Call, sees: Reach, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None,
-        offsets: Tensor | int | None,
+        self, sizes: Sizes, interval: tuple[int, ...], sees: Reach, q: Tensor, k: Tensor, v: Tensor,
+        lengths: Tensor | None, offsets: Tensor | int | None,
     ) -> "Launch":  # fmt: skip
         """Take the code to a problem of the same form."""
         each = self.each and self.each.resized(sees, sizes.m, sizes.n, lengths, offsets, sizes.k_offset)
-        return Launch(self.again.resized(call, q, k, v), each)
+        return Launch(self.again.resized(sizes, interval, q, k, v), each)
 
 
-def form(
-    q: Tensor, k: Tensor, v: Tensor, sizes: Sizes, interval: tuple[int, int, int, int, int], each: bool
-) -> Hashable:
+def form(tiles: Hashable, b: int, sizes: Sizes, interval: tuple[int, int, int, int, int], each: bool) -> Hashable:
     """All that code, tiles and the number of parts depend on, of a call's sizes; None of what must be looked at anew.
 
-    Of tensors whose addresses are aligned: others are launched by no plan.
+    Of tensors whose addresses are aligned: others are launched by no plan. Whoever asks says it of ``tiles`` and parts.
     """
     m, n, values, of_q, of_k, of_v, q_offset, k_offset = sizes
-    if n != values or not 0 < m <= LONGEST or not 0 < n <= LONGEST or q.shape[0] * m >= 2**31:
+    if n != values or not 0 < m <= LONGEST or not 0 < n <= LONGEST or b * m >= 2**31:
         return None
     if not 0 <= k_offset < FARTHEST or abs((q_offset or 0) - k_offset) + m > LONGEST:
         return None
     if of_q[2] >= NEAR or of_k[2] >= NEAR or of_v[2] >= NEAR:
         return None
     return (
-        (m, -(-n // LEAST)) if decode.few(q, k, v) else (short(n), each_sees(m, n, *interval)),
+        tiles,
         each or not any_sees(m, n, *interval),
         each and q_offset is None,  # where the kernel that lowers finds the queries
         kinds(of_q, of_k, of_v),

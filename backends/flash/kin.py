@@ -2,7 +2,7 @@
 
 from collections.abc import Hashable
 from functools import lru_cache
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from .choices import LARGEST
 from .plan import ALIGNED
@@ -12,16 +12,31 @@ NEAR: Final = 2**31 // LARGEST  # elements from row to row, within which a tile 
 FORMS: Final = 64  # launches of kin that are kept at once
 
 
+class Sizes(NamedTuple):
+    """What calls differ in that are kin."""
+
+    m: int
+    n: int
+    values: int
+    q: tuple[int, ...]
+    k: tuple[int, ...]
+    v: tuple[int, ...]
+    q_offset: int | None
+    k_offset: int
+
+
 class Kin:
     """Launches of calls that are equal but for sizes.
 
     Attributes:
+        sees: What of these calls is read from their mask, if that is a question of its own.
         forms: Launches, by all that code and tiles depend on of a call's sizes.
         last: The sizes that were asked last, and their launch: layers of a model ask the same, one after the other.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, sees: Any = None) -> None:
         """Have seen none."""
+        self.sees = sees
         self.forms: dict[Hashable, Any] = {}
         self.last: tuple[Any, Any] = None, None
 

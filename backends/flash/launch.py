@@ -1,11 +1,10 @@
 """From tensors to the arguments of a kernel: the choice, the descriptors, the strides and the flags."""
 
 import math
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import torch
 import triton
@@ -13,16 +12,27 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .choices import Choice, Kernel, Key, brief, choose
+from .kin import Sizes
 from .plan import ALIGNED, layout_described
 from .reach import Lowered, all_seen, each_sees
 from .tiles import split
 
 LOG2_E: Final = math.log2(math.e)
-# The same launch on other q, k, v, sink, alibi and, where lengths differ, sequences: (out, lse), or None where it
-# cannot be repeated on those.
-Again = Callable[..., tuple[Tensor, Tensor] | None]
 # TRITON_INTERPRET=1 counts when kernels are defined, so that they, and no variable, say whether it did.
 INTERPRETED: Final = not isinstance(split, triton.runtime.JITFunction)
+
+
+class Again(Protocol):
+    """How to repeat a launch."""
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, alibi: Tensor | None, sequences: Tensor | None = ...
+    ) -> tuple[Tensor, Tensor] | None:
+        """Launch on these; ``(out, lse)``, or None where it cannot be repeated on them."""
+
+    def resized(self, sizes: Sizes, interval: tuple[int, ...], q: Tensor, k: Tensor, v: Tensor) -> "Again":
+        """Take the code to a problem that differs in sizes alone; see `growing.form`."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -150,6 +160,12 @@ def numbers_of(call: "Call", q: Tensor, k: Tensor, v: Tensor) -> tuple[Any, ...]
         *strides(q, k, v), per_sequence(call.sink), per_sequence(call.alibi), h, h // g, m, n, d, e, *call.interval,
         b * m, *call.factors,
     )  # fmt: skip
+
+
+def renumbered(numbers: tuple[Any, ...], b: int, sizes: Sizes, interval: tuple[int, ...]) -> tuple[Any, ...]:
+    """`numbers_of` a problem that differs in sizes alone; what the kernel takes after them stays."""
+    m, n, _, q, k, v, *_ = sizes
+    return *q[:3], *k[:3], *v[:3], *numbers[9:13], m, n, *numbers[15:17], *interval, b * m, *numbers[23:]
 
 
 def per_sequence(x: Tensor | None) -> int:

@@ -15,7 +15,8 @@ from longspan.spec import AttentionState
 from longspan.spec.checks import check_attention, check_lengths, check_pages, check_ragged
 from longspan.spec.masks import Chunks, Mask, check_join, check_mask, documents, everything
 
-from .attention import contiguous, one_batch
+from .attending import contiguous
+from .attention import one_batch
 from .autograd import revealed
 from .decode import fits
 from .kin import LONGEST, Kin

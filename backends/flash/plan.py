@@ -239,27 +239,32 @@ class Bound:
     Attributes:
         plan: The compiled kernel.
         grid: Programs.
-        rest: Arguments after the addresses.
-        described: Slots of descriptors, and the layouts there.
-        maps: By slot, the address that was last described, and how.
+        numbers: Arguments after the addresses.
+        described: Slots of descriptors, and the layouts there; of a launch that has a line, that of its plan.
+        line: All that the C launcher takes but addresses, if it is called directly.
+        maps: Descriptors, by their number and the address that they describe.
     """
 
     def __init__(self, plan: Plan, grid: tuple[int, ...], args: tuple[Any, ...]) -> None:
         """Keep the layouts of what was given, and no tensor."""
-        self.plan, self.grid = plan, whole(grid)
-        self.rest = (*args[plan.count :], *plan.constants)
+        self.plan, self.grid, self.numbers = plan, whole(grid), args[plan.count :]
         self.described = [(i, Described(args[i])) for i in plan.described]
-        self.maps: dict[int, tuple[int, Any]] = {}
+        self.line = plan.direct and plan.direct.line(self)
+        self.maps: dict[tuple[int, int], Any] = {}
 
-    def resized(self, grid: tuple[int, ...], numbers: tuple[Any, ...], *tensors: Tensor) -> "Bound":
+    def resized(self, grid: tuple[int, ...], numbers: tuple[Any, ...], *tensors: Any) -> "Bound":
         """Bind the same code to another grid, other numbers and tensors of other sizes.
 
         Whoever asks must know that the code is the same: that all is the same that triton specialises.
         """
         other = object.__new__(Bound)
-        other.plan, other.grid, other.maps = self.plan, whole(grid), {}
-        other.rest = (*numbers, *self.plan.constants)
-        other.described = [(i, like.of(*layout_described(tensors[i]))) for i, like in self.described]
+        other.plan, other.grid, other.numbers = self.plan, whole(grid), numbers
+        other.maps = {}
+        if self.line:
+            other.described, other.line = self.described, self.plan.direct.resized(self.line, other, tensors)
+        else:
+            other.described = [(i, like.of(*layout_described(tensors[i]))) for i, like in self.described]
+            other.line = None
         return other
 
     def __call__(self, *addresses: int) -> bool:
@@ -276,7 +281,7 @@ class Bound:
         args: list[Any] = list(addresses)
         for i, layout in self.described:
             args[i] = layout.at(addresses[i])
-        plan.run(*self.grid, stream, *plan.head, *args, *self.rest)
+        plan.run(*self.grid, stream, *plan.head, *args, *self.numbers, *plan.constants)
         return True
 
 

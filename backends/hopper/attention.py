@@ -5,9 +5,7 @@ keys over programs and load them by the same copy engine. They are this backend'
 Shapes: b batch, h query heads, g key heads, m queries, n keys, d head dimension, e value dimension.
 """
 
-import math
-from contextlib import suppress
-from dataclasses import replace
+from collections.abc import Hashable
 from typing import Any, Final
 
 import torch
@@ -20,17 +18,12 @@ from longspan.spec.checks import check_attention, check_lengths, check_ragged
 from longspan.spec.masks import Mask, documents, everything
 
 from ..flash import decode, paged
-from ..flash.attention import attention as attention_of_few
-from ..flash.attention import contiguous, one_batch
-from ..flash.autograd import revealed
-from ..flash.lowering import lower
-from ..flash.plan import recall, remember
-from ..flash.rope_function import PLAIN, transformed, watched
-from ..flash.rope_kernel import on
+from ..flash.attending import attending
+from ..flash.attention import one_batch
+from ..flash.rope_function import PLAIN, transformed
 from ..registry import Unsupported
 from .function import attend, call_of, launch_call
-from .launch import LONGEST, declines_address, declines_shape
-from .remembered import REPEATED, SEEN, asked
+from .launch import LONGEST, Call, declines_address, declines_shape
 
 DTYPES: Final = (torch.float16, torch.bfloat16)
 OUT_DTYPES: Final = (torch.float16, torch.bfloat16, torch.float32)
@@ -76,46 +69,7 @@ def attention(
         ValueError: For what means nothing, as the specification.
         Unsupported: For what `declines_attention` names.
     """
-    if few_alone(q, k, v, sink, alibi):
-        with suppress(Unsupported):  # which is said below, in this backend's name
-            return attention_of_few(
-                q, k, v, mask=mask, scale=scale, softcap=softcap, sink=sink, alibi=alibi, q_offset=q_offset,
-                k_offset=k_offset, out_dtype=out_dtype,
-            )  # fmt: skip
-    key = asked(q, k, v, mask, scale, softcap, sink, alibi, q_offset, k_offset, out_dtype)
-    if key is not None and (again := recall(REPEATED, key)) is not None:
-        with on(q.device):
-            state = again(q, k, v, contiguous(sink), contiguous(alibi))
-        if state is not None:
-            return AttentionState(*state)
-    q, k, v, sink, alibi = revealed(q, k, v, sink, alibi)
-    reason = declines_attention(
-        q, k, v, mask=mask, scale=scale, softcap=softcap, sink=sink, alibi=alibi,
-        q_offset=q_offset, k_offset=k_offset, out_dtype=out_dtype,
-    )  # fmt: skip
-    serve(reason)
-    rest = lowered(
-        q, k, mask=mask, scale=scale, softcap=softcap, sink=sink, alibi=alibi,
-        q_offset=q_offset, k_offset=k_offset, out_dtype=out_dtype, deterministic=deterministic,
-    )  # fmt: skip
-    if key is None:
-        return AttentionState(*attend(q, k, v, *rest))
-    call = call_of(*rest)
-    # Bounds are tensors, whose contents may be others next time.
-    call = replace(call, wanted=call.rows is None and call.sequences is None and SEEN.again(key))
-    state = AttentionState(*launch_call(call, q, k, v))
-    if call.wanted and call.again is not None:
-        remember(REPEATED, key, call.again)
-    return state
-
-
-def few_alone(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, alibi: Tensor | None) -> bool:
-    """Whether queries are few, and nobody watches who could ask for a gradient: `flash` launches these from plans."""
-    return (
-        q.device.type == "cuda" and q.dtype in DTYPES and q.ndim == k.ndim == v.ndim == 4
-        and not torch.compiler.is_compiling() and decode.few(q, k, v)
-        and not watched(q, k, v, *(x for x in (sink, alibi) if x is not None))
-    )  # fmt: skip
+    return ATTENDING(q, k, v, mask, scale, softcap, sink, alibi, q_offset, k_offset, out_dtype, deterministic)
 
 
 def declines_attention(
@@ -170,21 +124,6 @@ def declines_heads(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None) -> str 
 def unseen(x: Tensor) -> bool:
     """Whether a tensor has no memory, or none yet."""
     return not x.numel() or torch.compiler.is_compiling() or type(x) not in PLAIN or transformed()
-
-
-def lowered(
-    q: Tensor, k: Tensor, *, mask: Mask, scale: float | None, softcap: float | None, sink: Tensor | None,
-    alibi: Tensor | None, q_offset: int | Tensor | None, k_offset: int, out_dtype: torch.dtype | None,
-    deterministic: bool,
-) -> tuple[Any, ...]:  # fmt: skip
-    """Arguments of `Call`: the mask as integers, and everything else as kernels take it."""
-    seen = lower(mask, q.shape[0], q.shape[2], k.shape[2], q_offset=q_offset, k_offset=k_offset, device=q.device)
-    return (
-        contiguous(sink), contiguous(alibi),
-        seen.rows, seen.sequences, tuple(seen.interval),
-        1 / math.sqrt(q.shape[3]) if scale is None else float(scale), None if softcap is None else float(softcap),
-        q.dtype if out_dtype is None else out_dtype, deterministic,
-    )  # fmt: skip
 
 
 def attention_varlen(
@@ -266,3 +205,13 @@ def serve(reason: str | None) -> None:
     """Raise `Unsupported` where there is a reason to."""
     if reason is not None:
         raise Unsupported(reason, alternatives=("flash", "eager"))
+
+
+def code_of(call: Call, q: Tensor, k: Tensor, v: Tensor) -> Hashable:
+    """All that the forward kernel of many queries is compiled for."""
+    from .choices import variant  # noqa: PLC0415 - Gluon is slow to import, and of no use elsewhere
+
+    return variant(call, q, k, v)
+
+
+ATTENDING: Final = attending(call_of, declines_attention, launch_call, attend, code_of, "flash", "eager")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..flash.decode_choices import processors
+from ..flash.kin import Sizes
 from ..flash.launch import per_sequence
 from ..flash.plan import Bound
 from .choices import Variant, variant
@@ -44,10 +45,20 @@ def forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor
         plan, counter, total, tiles, h, h // g, m, b, e, *call.interval, int(sink is not None), int(alibi is not None),
         per_sequence(sink), per_sequence(alibi), *factors_of(call, form), C=form, num_warps=4,
     )  # fmt: skip
-    dense = call.rows is None and call.sequences is None and sink is call.sink and alibi is call.alibi
+    dense = call.rows is None and sink is call.sink and alibi is call.alibi
     if call.wanted and dense and bound is not None:
-        call.keep(Repeated(bound, out.new_empty(0), lse.new_empty(0), out.shape, total > programs))
+        call.keep(Repeated(bound, out.new_empty(0), lse.new_empty(0), tuple(out.shape), form.W * form.M, programs))
     return out, lse
+
+
+class Layout(NamedTuple):
+    """Shape and strides of a contiguous tensor that is not there yet."""
+
+    shape: tuple[int, ...]
+
+    def stride(self) -> tuple[int, ...]:
+        """Strides."""
+        return tuple(math.prod(self.shape[i + 1 :]) for i in range(len(self.shape)))
 
 
 class Repeated(NamedTuple):
@@ -58,18 +69,37 @@ class Repeated(NamedTuple):
         out: An empty tensor of the dtype and device of ``out``.
         lse: The same of ``lse``.
         shape: Shape of ``out``.
-        counted: Whether there are more tiles than programs.
+        tall: Queries of a tile.
+        programs: What the device runs at once, as many as are launched unless there are fewer tiles.
     """
 
     bound: Bound
     out: Tensor
     lse: Tensor
-    shape: torch.Size
-    counted: bool
+    shape: tuple[int, ...]
+    tall: int
+    programs: int
+
+    def resized(self, sizes: Sizes, interval: tuple[int, ...], q: Tensor, k: Tensor, v: Tensor) -> "Repeated":
+        """Take the code to a problem that differs in sizes alone; see `flash.growing.form`."""
+        (b, h, _, e), m, numbers = self.shape, sizes.m, self.bound.numbers
+        tiles = -(-m // self.tall)
+        bound = self.bound.resized(
+            (min(tiles * b * h, self.programs),),
+            (tiles * b * h, tiles, *numbers[2:4], m, b, e, *interval, *numbers[12:]),
+            q, k, v, Layout((b * h, m, e)),
+        )  # fmt: skip
+        return self._replace(bound=bound, shape=(b, h, m, e))
+
+    @property
+    def counted(self) -> bool:
+        """Whether there are more tiles than programs."""
+        return self.bound.numbers[0] > self.programs
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, alibi: Tensor | None
-    ) -> tuple[Tensor, Tensor] | None:
+        self, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, alibi: Tensor | None,
+        sequences: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
         """Launch on new results, with a counter of its own."""
         out, lse = self.out.new_empty(self.shape), self.lse.new_empty(self.shape[:3])
         result, unused = out.data_ptr(), lse.data_ptr()
@@ -77,7 +107,7 @@ class Repeated(NamedTuple):
         launched = self.bound(
             q.data_ptr(), k.data_ptr(), v.data_ptr(), result, result, unused,
             unused if sink is None else sink.data_ptr(), unused if alibi is None else alibi.data_ptr(),
-            unused, unused, unused, counter.data_ptr(),
+            unused, unused if sequences is None else sequences.data_ptr(), unused, counter.data_ptr(),
         )  # fmt: skip
         return (out, lse) if launched else None
 

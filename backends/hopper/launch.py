@@ -7,8 +7,8 @@ from typing import Any, Final
 from torch import Tensor
 
 from ..flash import launch as flash
+from ..flash.direct import ALIGNED, layout_described
 
-ALIGNED: Final = 16  # bytes: what the copy engine wants of addresses and strides
 LONGEST: Final = 2**30 - 1  # tokens: positions and their differences stay inside int32
 # What is compiled: a choice that was tuned for other code does not serve.
 SOURCES: Final[Mapping[str, tuple[str, ...]]] = {
@@ -71,8 +71,5 @@ def describe(x: Tensor, rows: int, width: int) -> Any:
     block = [*[1] * (x.ndim - 2), rows, width]
     name = str(x.dtype).removeprefix("torch.")
     dtype = getattr(gl, {"float8_e4m3fn": "float8e4nv"}.get(name, name))
-    # The stride of an axis of one element says nothing, and may be anything: also something that the engine refuses.
-    whole = ALIGNED * -(-x.shape[-1] // ALIGNED)
-    strides = [whole if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True)]
     layout = gl.NVMMASharedLayout.get_default_for(block, dtype)
-    return TensorDescriptor(x, list(x.shape), [*strides[:-1], 1], block, layout)
+    return TensorDescriptor(x, *layout_described(x), block, layout)
