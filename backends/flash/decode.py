@@ -35,7 +35,8 @@ def few(q: Tensor, k: Tensor, v: Tensor) -> bool:
         return m <= FEW_INTERPRETED
     if m <= FEW:
         return m * h <= ROWS * g and n >= 4 * m
-    if m > CHUNK or n < 16 * m or q.element_size() == 4:
+    # Of as many keys as queries this asks nothing of a size that an exported graph leaves open.
+    if n < 16 * m or m > CHUNK or q.element_size() == 4:
         return False
     return 2 * b * h * -(-m // TALL) <= processors(q.device.index or 0)
 
