@@ -106,7 +106,7 @@ class Direct:
                 runs.append((len(line), i))
                 line.append(0)
         self.spots, self.runs, self.rest = spots, joined(runs), len(line)
-        return line + [*bound.numbers, *self.constants]
+        return [*line, *bound.numbers, *self.constants]
 
     def resized(self, line: list[Any], bound: Any, tensors: tuple[Any, ...]) -> list[Any]:
         """The same of a launch of other sizes."""

@@ -9,6 +9,8 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
+from longspan.autotune import overridden
+
 from ..flash.decode_choices import processors
 from ..flash.kin import Sizes
 from ..flash.launch import per_sequence
@@ -46,7 +48,8 @@ def forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor
         per_sequence(sink), per_sequence(alibi), *factors_of(call, form), C=form, num_warps=4,
     )  # fmt: skip
     dense = call.rows is None and sink is call.sink and alibi is call.alibi
-    if call.wanted and dense and bound is not None:
+    # Where the heuristic serves because what was tuned does not fit, sizes are told apart for other tiles than these.
+    if call.wanted and dense and bound is not None and not overridden():
         call.keep(Repeated(bound, out.new_empty(0), lse.new_empty(0), tuple(out.shape), form.W * form.M, programs))
     return out, lse
 
