@@ -17,7 +17,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from longspan.backends.flash import decode, decode_choices, forward, launch, paged_launch, plan, reach
+from longspan.backends.flash import decode, decode_choices, forward, launch, paged_launch, plan, reach, rows
 
 ALIGNED = 16  # bytes
 REPEATED: list[str] = []  # kernels that were launched from plans
@@ -107,6 +107,7 @@ def repeat(patch: pytest.MonkeyPatch) -> None:
     for module, names in (
         (forward, ("forward_kernel",)), (decode, ("few_kernel", "few_merge_kernel")),
         (paged_launch, ("paged_kernel", "paged_merge_kernel")), (reach, ("sequences_kernel",)),
+        (rows, ("rows_kernel",)),
     ):  # fmt: skip
         for name in names:
             patch.setattr(module, name, Kernel(getattr(module, name)))

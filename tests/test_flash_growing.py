@@ -17,7 +17,7 @@ from recorded_launches import LAUNCHES, Kernel, Launch
 
 from longspan import backends
 from longspan.backends import flash
-from longspan.backends.flash import decode, decode_choices, forward, launch, paged_launch, plan, reach
+from longspan.backends.flash import decode, decode_choices, forward, launch, paged_launch, plan, reach, rows
 from longspan.backends.flash.choices import choose
 from longspan.spec import masks
 from longspan.spec.affine import affine
@@ -25,6 +25,7 @@ from longspan.spec.affine import affine
 attending = import_module("longspan.backends.flash.attending")
 hopper: Any = import_module("longspan.backends.hopper.attention")
 hopper_forward = pytest.importorskip("longspan.backends.hopper.forward", exc_type=ImportError)
+hopper_spans: Any = import_module("longspan.backends.hopper.spans")
 BACKENDS = {"flash": flash, "hopper": hopper}
 on_either = pytest.mark.parametrize("backend", BACKENDS)
 
@@ -36,11 +37,13 @@ def recorded(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     for module, names in (
         (forward, ("forward_kernel",)), (decode, ("few_kernel", "few_merge_kernel")),
         (paged_launch, ("paged_kernel", "paged_merge_kernel")), (reach, ("sequences_kernel",)),
+        (rows, ("rows_kernel",)),
     ):  # fmt: skip
         for name in names:
             monkeypatch.setattr(module, name, Kernel(name.removesuffix("_kernel")))
     monkeypatch.setattr(hopper_forward, "forward_kernel", Kernel("hopper.forward"))
     monkeypatch.setattr(hopper_forward, "processors", lambda _: 132)
+    monkeypatch.setattr(hopper_spans, "spans_kernel", Kernel("spans"))
     # As on a GPU, all that it declines here is what the copy engine cannot address.
     declines = lambda *given, sink, **_: hopper.declines_heads(*given, sink)  # noqa: E731
     monkeypatch.setattr(hopper, "ATTENDING", hopper.ATTENDING._replace(declines=declines))
@@ -63,6 +66,9 @@ def recorded(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 MASKS = {
     "everything": masks.everything, "causal": masks.causal, "window": lambda: masks.causal() & masks.window(70),
     "ahead": lambda: masks.window(300, ahead=9), "lengths": lambda: masks.causal() & masks.lengths([3, 500]),
+    "documents": lambda: masks.causal() & masks.documents([3, 50], [30, 200]), "prefix": lambda: masks.prefix(9),
+    "first": lambda: masks.causal() & masks.window(70, keep_first=4),
+    "chunks": lambda: masks.documents(torch.tensor([[3, 50], [9, 1]])) & masks.chunks(20) & masks.chunks(30),
 }  # fmt: skip
 LAYOUTS = ("plain", "cache", "tokens first", "expanded", "of wider heads", "cache of wider heads")
 ROOM = torch.zeros(2 * 4 * 6000 * 68, dtype=torch.float16)
@@ -90,6 +96,7 @@ CALLS: dict[str, Any] = {
     "q": st.sampled_from(LAYOUTS), "k": st.sampled_from(LAYOUTS), "q_offset": st.sampled_from((None, None, 0, 700)),
     "k_offset": st.sampled_from((0, 0, 3)),
 }  # fmt: skip
+GROWING = ("everything", "causal", "window", "lengths", "documents", "first")
 FAMILY: dict[str, Any] = {
     "g": st.sampled_from((1, 4)), "d": st.sampled_from((24, 64)), "mask": st.sampled_from(sorted(MASKS)),
     "scale": st.sampled_from((None, -0.5)), "options": st.booleans(),
@@ -103,10 +110,11 @@ def call(ask: dict[str, Any], backend: str = "flash") -> list[Launch]:
     options: dict[str, Any] = {"mask": MASKS[ask["mask"]](), "scale": ask["scale"]}
     if ask["options"]:
         options |= {"sink": torch.zeros(4), "softcap": 5.0}
+    q_offset = None if ask["mask"] in {"documents", "chunks"} else ask["q_offset"]
     LAUNCHES.clear()
     with torch.no_grad():
         try:
-            BACKENDS[backend].attention(q, k, v, **options, q_offset=ask["q_offset"], k_offset=ask["k_offset"])
+            BACKENDS[backend].attention(q, k, v, **options, q_offset=q_offset, k_offset=ask["k_offset"])
         except backends.Unsupported:  # where the copy engine cannot go
             assert not LAUNCHES
     return list(LAUNCHES)
@@ -140,7 +148,7 @@ def test_a_launch_taken_to_other_sizes_is_the_launch_of_these(
 
 
 @given(
-    family=st.fixed_dictionaries(FAMILY | {"mask": st.sampled_from(("everything", "causal", "window", "lengths"))}),
+    family=st.fixed_dictionaries(FAMILY | {"mask": st.sampled_from(GROWING)}),
     n=st.integers(700, 5900), m=st.sampled_from((1, 4, 600)), step=st.sampled_from((1, 2, 7)),
 )  # fmt: skip
 @on_either

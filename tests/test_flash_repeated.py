@@ -139,7 +139,7 @@ def test_calls_of_one_key_are_launched_alike(first: dict[str, Any], swap: set[st
     launched = launch_of(first), launch_of(other)
     keys = key_of(*call(first)), key_of(*call(other))
     assert None in keys or keys[0] != keys[1] or launched[0] == launched[1]
-    if not swap and first["mask"] != "prefix":  # which has bounds of rows, and no key
+    if not swap:
         assert keys[0] == keys[1]
         assert keys[0] is not None
 

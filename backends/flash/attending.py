@@ -23,15 +23,15 @@ from .kin import Kin, Sizes
 from .launch import Call
 from .lowering import lower
 from .plan import layout, memory, recall, remember
-from .reach import Lowered, reach, told
+from .reach import Given, Lowered, Reach, reach, told
 from .rope_function import watched
 from .rope_kernel import on
 
 OFFSETS: Final = (int, type(None))
 
 
-# A call: all but its sizes, and these; and its mask as terms and lengths, see `reach.told`.
-Ask = tuple[tuple[Hashable, ...], tuple[Any, ...], tuple[Term, ...], Tensor | None]
+# A call: all but its sizes, and these; and its mask as terms and tensors, see `reach.told`.
+Ask = tuple[tuple[Hashable, ...], tuple[Any, ...], tuple[Term, ...], Given]
 
 
 class Attending(NamedTuple):
@@ -63,14 +63,14 @@ class Attending(NamedTuple):
         """Attend; ``more`` is what the operator takes beside `autograd.REST`."""
         ask = asked(q, k, v, mask, scale, softcap, sink, alibi, q_offset, k_offset, out_dtype)
         if ask is not None and (kin := recall(self.known, ask[0])) is not None:
-            _, sizes, _, lengths = ask
+            _, sizes, _, given = ask
             launch = kin.find(sizes) or self.resized(
-                kin, Sizes(*sizes), q, k, v, lengths, q_offset,
+                kin, Sizes(*sizes), q, k, v, given, q_offset,
                 lambda: (sink, alibi, *numbers(q, scale, softcap, out_dtype), *more),
             )  # fmt: skip
             if launch is not None:
                 with on(q.device):
-                    state = launch(q, k, v, contiguous(sink), contiguous(alibi), lengths, q_offset)
+                    state = launch(q, k, v, contiguous(sink), contiguous(alibi), given, q_offset)
                 if state is not None:
                     return AttentionState(*state)
         q, k, v, sink, alibi = revealed(q, k, v, sink, alibi)
@@ -78,8 +78,7 @@ class Attending(NamedTuple):
             q, k, v, mask=mask, scale=scale, softcap=softcap, sink=sink, alibi=alibi,
             q_offset=q_offset, k_offset=k_offset, out_dtype=out_dtype,
         )  # fmt: skip
-        if reason is not None:
-            raise Unsupported(reason, alternatives=self.alternatives)
+        serve(reason, self.alternatives)
         seen = lower(mask, q.shape[0], q.shape[2], k.shape[2], q_offset=q_offset, k_offset=k_offset, device=q.device)
         rest = contiguous(sink), contiguous(alibi), seen.rows, seen.sequences, tuple(seen.interval)
         rest += (*numbers(q, scale, softcap, out_dtype), *more)
@@ -88,37 +87,39 @@ class Attending(NamedTuple):
     def first(self, ask: Ask, seen: Lowered, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Two:
         """Launch a call from nothing, and keep how if it can be launched again."""
         key, sizes, terms, _ = ask
-        # Bounds of rows are tensors, whose contents may be others next time; sequences can be lowered again.
-        call = replace(self.call(*rest), wanted=seen.rows is None and (seen.sequences is None or seen.each is not None))
+        # Rows and sequences may be others next time: only what can be lowered again is launched again.
+        integers = seen.rows is None and seen.sequences is None
+        call = replace(self.call(*rest), wanted=integers or seen.again is not None)
         state = self.launch(call, q, k, v)
         if call.again is not None:
-            of = form(
-                self.tiles(q, k, v, lambda: call), q.shape[0], Sizes(*sizes), call.interval, seen.each is not None
-            )
+            of = form(self.tiles(q, k, v, lambda: call), q.shape[0], Sizes(*sizes), call.interval, not integers)
             if of is not None:
                 kin = recall(self.known, key) or Kin(reach(terms))
-                kin.learn(sizes, of, Launch(call.again, seen.each))
+                kin.learn(sizes, of, Launch(call.again, seen.again))
                 remember(self.known, key, kin)
         return state
 
     def resized(
-        self, kin: Kin, sizes: Sizes, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None,
+        self, kin: Kin, sizes: Sizes, q: Tensor, k: Tensor, v: Tensor, given: Given,
         q_offset: int | Tensor | None, options: Callable[[], tuple[Any, ...]],
     ) -> Launch | None:  # fmt: skip
         """Take the launch of a call that is kin to this one's sizes; None if none is launched alike."""
         m, n, *_ = sizes
-        each = lengths is not None or isinstance(q_offset, Tensor)
-        interval = (-m, n, n, 0, 0) if each else kin.sees.interval(m, n, sizes.q_offset, sizes.k_offset)
+        sees: Reach = kin.sees
+        rows = given.q_lengths is not None or not sees.moves
+        each = not rows and (given.lengths is not None or isinstance(q_offset, Tensor))
+        lowered = rows or each
+        interval = (-m, n, n, 0, sees.keep) if lowered else sees.interval(m, n, sizes.q_offset, sizes.k_offset)
 
         def call() -> Call:
-            """What code depends on of a call, which asks of sequences only whether there are any."""
+            """What code depends on of a call, which asks of rows and sequences only whether there are any."""
             sink, alibi, *rest = options()
-            return self.call(sink, alibi, None, k if each else None, interval, *rest)
+            return self.call(sink, alibi, k if rows else None, k if each else None, interval, *rest)
 
-        alike = kin.forms.get(form(self.tiles(q, k, v, call), q.shape[0], sizes, interval, each))
+        alike = kin.forms.get(form(self.tiles(q, k, v, call), q.shape[0], sizes, interval, lowered))
         if alike is None:
             return None
-        launch = alike.resized(sizes, interval, kin.sees, q, k, v, lengths, q_offset)
+        launch = alike.resized(sizes, interval, sees, q, k, v, given, q_offset)
         kin.last = sizes, launch
         return launch
 
@@ -155,16 +156,16 @@ def asked(
     terms = told(mask)
     if terms is None or not q.ndim == k.ndim == v.ndim == 4:
         return None
-    terms, lengths = terms
-    for x in (sink, alibi, lengths):
+    terms, given = terms
+    for x in (sink, alibi, *given):
         if x is not None and watched(x):
             return None
     (b, h, m, d), (of_k, g, n, of_d), (of_v, of_g, values, e) = q.shape, k.shape, v.shape
     key = (
         b, h, d, of_k, g, of_d, of_v, of_g, e, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device, terms,
-        scale, softcap, layout(sink), layout(alibi), layout(lengths), of_offsets, out_dtype,
+        scale, softcap, layout(sink), layout(alibi), *map(layout, given), of_offsets, out_dtype,
     )  # fmt: skip
-    return key, (m, n, values, q.stride(), k.stride(), v.stride(), q_offset, k_offset), terms, lengths
+    return key, (m, n, values, q.stride(), k.stride(), v.stride(), q_offset, k_offset), terms, given
 
 
 def numbers(
@@ -175,6 +176,12 @@ def numbers(
         1 / math.sqrt(q.shape[3]) if scale is None else float(scale), None if softcap is None else float(softcap),
         q.dtype if out_dtype is None else out_dtype,
     )  # fmt: skip
+
+
+def serve(reason: str | None, alternatives: tuple[str, ...]) -> None:
+    """Raise `Unsupported` where there is a reason to."""
+    if reason is not None:
+        raise Unsupported(reason, alternatives=alternatives)
 
 
 def contiguous(x: Tensor | None) -> Tensor | None:

@@ -177,4 +177,4 @@ def code_of(call: Call, q: Tensor, k: Tensor, _v: Tensor) -> Hashable:
     return short(k.shape[2]), each_sees(q.shape[2], k.shape[2], *call.interval)
 
 
-ATTENDING: Final = attending(Call, declines_attention, launch_call, attend, code_of)
+ATTENDING: Final = attending(Call, declines_attention, launch_call, attend, code_of, "eager")

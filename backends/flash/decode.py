@@ -147,7 +147,7 @@ class Repeated(NamedTuple):
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, alibi: Tensor | None,
-        sequences: Tensor | None = None,
+        sequences: Tensor | None = None, rows: Tensor | None = None,
     ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
         """Launch on new results, and a new workspace; None if these tensors want another kernel."""
         if alike(k, v) != self.shared:
@@ -156,12 +156,13 @@ class Repeated(NamedTuple):
         of_sink, of_out, of_lse = 0 if sink is None else sink.data_ptr(), out.data_ptr(), lse.data_ptr()
         of_parts, of_logs = of_out, of_lse
         if self.merged is not None:
-            rows = lse.numel() * self.splits
-            parts = self.lse.new_empty(rows * (self.shape[3] + 1))  # kept until all is launched
-            of_parts, of_logs = parts.data_ptr(), parts.data_ptr() + 4 * rows * self.shape[3]
+            lines = lse.numel() * self.splits
+            parts = self.lse.new_empty(lines * (self.shape[3] + 1))  # kept until all is launched
+            of_parts, of_logs = parts.data_ptr(), parts.data_ptr() + 4 * lines * self.shape[3]
         launched = self.attended(
             q.data_ptr(), k.data_ptr(), v.data_ptr(), of_out, of_lse, of_parts, of_logs,
-            of_sink, 0 if alibi is None else alibi.data_ptr(), 0, 0 if sequences is None else sequences.data_ptr(),
+            of_sink, 0 if alibi is None else alibi.data_ptr(), 0 if rows is None else rows.data_ptr(),
+            0 if sequences is None else sequences.data_ptr(),
         )  # fmt: skip
         if launched and self.merged is not None:
             launched = self.merged(of_parts, of_logs, of_sink, of_out, of_lse)

@@ -201,13 +201,13 @@ class Repeated(NamedTuple):
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, alibi: Tensor | None,
-        sequences: Tensor | None = None,
+        sequences: Tensor | None = None, rows: Tensor | None = None,
     ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
         """Launch on new results."""
         out, lse = self.out.new_empty(self.shape), self.lse.new_empty(self.shape[:3])
         launched = self.bound(
             q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr(),
             0 if sink is None else sink.data_ptr(), 0 if alibi is None else alibi.data_ptr(),
-            0, 0 if sequences is None else sequences.data_ptr(),
+            0 if rows is None else rows.data_ptr(), 0 if sequences is None else sequences.data_ptr(),
         )  # fmt: skip
         return (out, lse) if launched else None

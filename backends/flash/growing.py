@@ -13,38 +13,45 @@ from torch import Tensor
 
 from .kin import LONGEST, NEAR, Sizes, kinds
 from .launch import Again
-from .reach import FARTHEST, Each, Reach, any_sees
+from .reach import FARTHEST, Each, Given, Reach, any_sees
+from .rows import Rows
 
 
 class Launch(NamedTuple):
-    """How a problem is launched: sequences are lowered first, where their lengths lie on the device."""
+    """How a problem is launched: what its mask takes beside integers is lowered first.
+
+    Attributes:
+        again: The launch.
+        lowered: How sequences or rows are made of the tensors of the mask; None where integers are all.
+    """
 
     again: Again
-    each: Each | None
+    lowered: Each | Rows | None
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, alibi: Tensor | None, lengths: Tensor | None,
+        self, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, alibi: Tensor | None, given: Given,
         offsets: Tensor | int | None,
     ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
         """Launch on these tensors; None if they want other code."""
-        if self.each is None:
+        if self.lowered is None:
             return self.again(q, k, v, sink, alibi)
-        sequences = self.each(lengths, offsets)
-        return None if sequences is None else self.again(q, k, v, sink, alibi, sequences)
+        bounds = self.lowered(given, offsets)
+        return None if bounds is None else self.again(q, k, v, sink, alibi, *bounds)
 
     def resized(
         self, sizes: Sizes, interval: tuple[int, ...], sees: Reach, q: Tensor, k: Tensor, v: Tensor,
-        lengths: Tensor | None, offsets: Tensor | int | None,
+        given: Given, offsets: Tensor | int | None,
     ) -> "Launch":  # fmt: skip
         """Take the code to a problem of the same form."""
-        each = self.each and self.each.resized(sees, sizes.m, sizes.n, lengths, offsets, sizes.k_offset)
-        return Launch(self.again.resized(sizes, interval, q, k, v), each)
+        lowered = self.lowered and self.lowered.resized(sees, sizes.m, sizes.n, given, offsets, sizes.k_offset)
+        return Launch(self.again.resized(sizes, interval, q, k, v), lowered)
 
 
-def form(tiles: Hashable, b: int, sizes: Sizes, interval: tuple[int, int, int, int, int], each: bool) -> Hashable:
+def form(tiles: Hashable, b: int, sizes: Sizes, interval: tuple[int, int, int, int, int], lowered: bool) -> Hashable:
     """All that code, tiles and the number of parts depend on, of a call's sizes; None of what must be looked at anew.
 
-    Of tensors whose addresses are aligned: others are launched by no plan. Whoever asks says it of ``tiles`` and parts.
+    Of tensors whose addresses are aligned: others are launched by no plan. Whoever asks says it of ``tiles`` and parts,
+    and whether anything is ``lowered`` beside integers.
     """
     m, n, values, of_q, of_k, of_v, q_offset, k_offset = sizes
     if n != values or not 0 < m <= LONGEST or not 0 < n <= LONGEST or b * m >= 2**31:
@@ -55,8 +62,8 @@ def form(tiles: Hashable, b: int, sizes: Sizes, interval: tuple[int, int, int, i
         return None
     return (
         tiles,
-        each or not any_sees(m, n, *interval),
-        each and q_offset is None,  # where the kernel that lowers finds the queries
+        lowered or not any_sees(m, n, *interval),
+        lowered and q_offset is None,  # where the kernel that lowers finds the queries
         kinds(of_q, of_k, of_v),
         (m == 1, n == 1),  # of such an axis, descriptors do not ask for the stride
     )

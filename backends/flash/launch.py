@@ -26,8 +26,9 @@ class Again(Protocol):
     """How to repeat a launch."""
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, alibi: Tensor | None, sequences: Tensor | None = ...
-    ) -> tuple[Tensor, Tensor] | None:
+        self, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, alibi: Tensor | None,
+        sequences: Tensor | None = ..., rows: Tensor | None = ...,
+    ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
         """Launch on these; ``(out, lse)``, or None where it cannot be repeated on them."""
 
     def resized(self, sizes: Sizes, interval: tuple[int, ...], q: Tensor, k: Tensor, v: Tensor) -> "Again":

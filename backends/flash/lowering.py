@@ -16,9 +16,10 @@ from longspan.spec.affine import affine
 from longspan.spec.bounds import check_fit
 from longspan.spec.masks import Mask
 
-from .reach import FARTHEST, Lowered, reach, sequences_of, told
+from .reach import FARTHEST, Given, Lowered, Reach, reach, sequences_of, told
 from .rope_function import watched
 from .rope_kernel import on
+from .rows import CHUNKS, lower_rows
 
 
 def lower(
@@ -27,12 +28,11 @@ def lower(
     """Lower a mask to the cheaper form that holds it; ValueError for one that was made for another problem."""
     check_fit(mask, b, m, q_offset)
     terms = told(mask)
-    lengths = None if terms is None else terms[1]
-    tensors = [x for x in (lengths, q_offset) if isinstance(x, Tensor)]
-    if terms is not None and tensors and lowered_there(device, *tensors):
-        with on(device):
-            sequences, each = sequences_of(reach(terms[0]), b, m, n, lengths, q_offset, k_offset)
-        return Lowered(None, sequences, -m, n, n, 0, 0, each)
+    if terms is not None and not watched():
+        sees, given = reach(terms[0]), terms[1]
+        lowered = lowered_there(sees, given, b, m, n, q_offset, k_offset, device)
+        if lowered is not None:
+            return lowered
     moving = affine(mask, m, n, q_offset=q_offset, k_offset=k_offset, device=device)
     if moving is None:
         seen = bounds(mask, b, m, n, q_offset=q_offset, k_offset=k_offset, device=device)
@@ -46,9 +46,28 @@ def lower(
     return Lowered(None, None, low, high, stop, position, 0)
 
 
-def lowered_there(device: torch.device, *tensors: Tensor) -> bool:
-    """Whether a kernel can read tensors where the mask is wanted: not where somebody watches operations."""
-    return not watched(*tensors) and all(x.device == device for x in tensors)
+def lowered_there(
+    sees: Reach, given: Given, b: int, m: int, n: int, q_offset: int | Tensor | None, k_offset: int,
+    device: torch.device,
+) -> Lowered | None:  # fmt: skip
+    """Lower by a kernel what takes more than integers; None where somebody watches operations, or it takes no more."""
+    tensors = [x for x in (*given, q_offset) if isinstance(x, Tensor)]
+    if len(sees.chunks) > CHUNKS or watched(*tensors):
+        return None
+    if sees.moves and given.q_lengths is None:
+        if not tensors or any(x.device != device for x in tensors):
+            return None
+        with on(device):
+            sequences, again = sequences_of(sees, b, m, n, given.lengths, q_offset, k_offset)
+        return Lowered(None, sequences, -m, n, n, 0, 0, again)
+    rows = torch.empty((4, b, m), dtype=torch.int32, device=device)
+    if watched(rows):
+        return None
+    there = Given(*(x if x is None else x.to(device) for x in given))
+    offsets = q_offset.to(device) if isinstance(q_offset, Tensor) else q_offset
+    with on(device):
+        again = lower_rows(sees, rows, n, there, offsets, k_offset)
+    return Lowered(rows, None, -m, n, n, 0, min(sees.keep, FARTHEST), again)
 
 
 def clamped(x: Any) -> Any:

@@ -14,12 +14,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from longspan.spec.masks import Causal, Lengths, Mask, Term, Window
+from longspan.spec.masks import Causal, Chunks, Documents, Lengths, Mask, Prefix, Term, Window
 
 from .plan import Bound, planned
 
 FARTHEST: Final = 2**30  # tokens: positions and their differences stay inside int32
 BLOCK: Final = 128  # sequences of a program
+
+
+class Given(NamedTuple):
+    """Tensors of a mask.
+
+    Attributes:
+        lengths: Keys of each sequence, [b].
+        q_lengths: Queries of each document, [t] or [b, t].
+        k_lengths: Its keys.
+    """
+
+    lengths: Tensor | None = None
+    q_lengths: Tensor | None = None
+    k_lengths: Tensor | None = None
 
 
 class Reach(NamedTuple):
@@ -28,37 +42,59 @@ class Reach(NamedTuple):
     Attributes:
         low: First key, counted from there; None if there is no left edge.
         high: Key before which a row stops to see, counted from there; None if there is no right edge.
+        prefix: Keys that every row sees, and causally after them; None if there is no such edge.
+        chunks: Sizes of chunks outside whose own a row sees nothing.
+        keep: First keys that stay visible.
     """
 
     low: int | None
     high: int | None
+    prefix: int | None = None
+    chunks: tuple[int, ...] = ()
+    keep: int = 0
+
+    @property
+    def moves(self) -> bool:
+        """Whether rows of one document see one interval that moves with them."""
+        return self.prefix is None and not self.chunks and not self.keep
 
     def interval(self, m: int, n: int, q_offset: int | None, k_offset: int) -> tuple[int, int, int, int, int]:
-        """The integers of `lowering.Lowered`."""
+        """The integers of `Lowered`."""
         position = n - m if q_offset is None else q_offset - k_offset
         low = -m if self.low is None else min(max(position + self.low, -m), n)
         high = n if self.high is None else min(max(position + self.high, -m), n)
         return low, high, n, min(max(position, -FARTHEST), FARTHEST), 0
 
 
-def told(mask: Mask) -> tuple[tuple[Term, ...], Tensor | None] | None:
-    """Split a mask into terms that are numbers, and lengths; None if rows need bounds of their own, or may."""
-    terms, lengths = mask.terms, None
+def told(mask: Mask) -> tuple[tuple[Term, ...], Given] | None:
+    """Split a mask into terms that are numbers, and tensors; None if kernels lower it not."""
+    terms, given = mask.terms, Given()
     for term in mask.terms:
-        if isinstance(term, Lengths):
-            lengths = term.lengths
-            terms = tuple(x for x in mask.terms if x is not term)
-        elif not isinstance(term, Causal) and (not isinstance(term, Window) or term.keep_first):
-            return None
-    return terms, lengths
+        match term:
+            case Causal() | Window() | Prefix() | Chunks():
+                pass
+            case Lengths(lengths):
+                given = Given(lengths)
+                terms = tuple(x for x in terms if x is not term)
+            case Documents(q_lengths, k_lengths):
+                given = Given(None, q_lengths, k_lengths)
+                terms = tuple(x for x in terms if x is not term)
+            case _:
+                return None
+    return terms, given
 
 
 @lru_cache(maxsize=1024)
 def reach(terms: tuple[Term, ...]) -> Reach:
     """Find how far rows see under what `told` told."""
     windows = [term for term in terms if isinstance(term, Window)]
-    highs = [term.ahead + 1 for term in windows] + [1] * (len(windows) < len(terms))
-    return Reach(max([1 - term.size for term in windows], default=None), min(highs, default=None))
+    highs = [term.ahead + 1 for term in windows] + [1 for term in terms if isinstance(term, Causal)]
+    return Reach(
+        max([1 - term.size for term in windows], default=None), min(highs, default=None),
+        max([term.length for term in terms if isinstance(term, Prefix)], default=None),
+        tuple(term.size for term in terms if isinstance(term, Chunks)),
+        max([term.keep_first for term in windows], default=0),
+    )  # fmt: skip
 
 
 @planned
@@ -106,21 +142,19 @@ class Each(NamedTuple):
     b: int
     like: Tensor
 
-    def resized(
-        self, sees: Reach, m: int, n: int, lengths: Tensor | None, offsets: Tensor | int | None, k_offset: int
-    ) -> "Each":
+    def resized(self, sees: Reach, m: int, n: int, given: Given, offsets: Tensor | int | None, k_offset: int) -> "Each":
         """Lower for other sizes."""
-        numbers = numbers_of(sees, self.b, m, n, lengths, offsets, k_offset)
+        numbers = numbers_of(sees, self.b, m, n, given.lengths, offsets, k_offset)
         return self._replace(bound=self.bound.resized(self.bound.grid, numbers))
 
-    def __call__(self, lengths: Tensor | None, offsets: Tensor | int | None) -> Tensor | None:
-        """Lower; None if it cannot be repeated."""
-        sequences = self.like.new_empty((self.b, 4))
+    def __call__(self, given: Given, offsets: Tensor | int | None) -> tuple[Tensor, None] | None:
+        """Lower; None if it cannot be repeated. Sequences, and no rows."""
+        sequences, lengths = self.like.new_empty((self.b, 4)), given.lengths
         launched = self.bound(
             0 if lengths is None else lengths.data_ptr(),
             offsets.data_ptr() if isinstance(offsets, Tensor) else 0, sequences.data_ptr(),
         )  # fmt: skip
-        return sequences if launched else None
+        return (sequences, None) if launched else None
 
 
 def numbers_of(
@@ -161,7 +195,7 @@ class Lowered(NamedTuple):
         stop: Keys that there are, affine.
         position: Where row 0 stands among the keys, affine.
         keep: Keys at ``base`` that stay visible, rows.
-        each: How to make ``sequences`` again; None if they were not made by the kernel.
+        again: How to make ``rows`` or ``sequences`` again; None if they were not made by a kernel.
     """
 
     rows: Tensor | None
@@ -171,7 +205,7 @@ class Lowered(NamedTuple):
     stop: int
     position: int
     keep: int
-    each: Each | None = None
+    again: Any = None
 
     @property
     def interval(self) -> list[int]:

@@ -18,7 +18,7 @@ from ..flash.plan import Bound
 from .choices import Variant, variant
 from .forward_kernel import forward_kernel
 from .launch import Call, describe
-from .spans import spans
+from .spans import FIELDS, planned_spans
 
 LEAST: Final = 1e-37  # a scale of 0 would make NaN of a score of -inf; this one makes every other score 0 as well
 
@@ -37,7 +37,7 @@ def forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor
     total, programs = tiles * b * h, processors(q.device.index)
     # Each launch counts its own tiles, from zero; where there are programs for all of them, none is counted.
     counter = lse.view(torch.int32) if total <= programs else torch.zeros(1, dtype=torch.int32, device=q.device)
-    plan = counter if call.rows is None else spans(call, m, n, form.W, form.M, form.N)
+    plan, spans = (counter, None) if call.rows is None else planned_spans(call, m, n, form.W, form.M, form.N)
     sink, alibi = (None if x is None else x.float() for x in (call.sink, call.alibi))
     bound = forward_kernel[(min(total, programs),)](
         describe(q, form.M, form.D), describe(k, form.N, form.D), describe(v, form.N, form.E),
@@ -47,10 +47,11 @@ def forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor
         plan, counter, total, tiles, h, h // g, m, b, e, *call.interval, int(sink is not None), int(alibi is not None),
         per_sequence(sink), per_sequence(alibi), *factors_of(call, form), C=form, num_warps=4,
     )  # fmt: skip
-    dense = call.rows is None and sink is call.sink and alibi is call.alibi
+    dense = (call.rows is None or spans is not None) and sink is call.sink and alibi is call.alibi
     # Where the heuristic serves because what was tuned does not fit, sizes are told apart for other tiles than these.
     if call.wanted and dense and bound is not None and not overridden():
-        call.keep(Repeated(bound, out.new_empty(0), lse.new_empty(0), tuple(out.shape), form.W * form.M, programs))
+        empty, tall = (out.new_empty(0), lse.new_empty(0)), form.W * form.M
+        call.keep(Repeated(bound, *empty, (b, h, m, e), tall, programs, spans))
     return out, lse
 
 
@@ -74,6 +75,7 @@ class Repeated(NamedTuple):
         shape: Shape of ``out``.
         tall: Queries of a tile.
         programs: What the device runs at once, as many as are launched unless there are fewer tiles.
+        spans: The launch that finds the tiles of rows; None without rows.
     """
 
     bound: Bound
@@ -82,6 +84,7 @@ class Repeated(NamedTuple):
     shape: tuple[int, ...]
     tall: int
     programs: int
+    spans: Bound | None
 
     def resized(self, sizes: Sizes, interval: tuple[int, ...], q: Tensor, k: Tensor, v: Tensor) -> "Repeated":
         """Take the code to a problem that differs in sizes alone; see `flash.growing.form`."""
@@ -92,7 +95,8 @@ class Repeated(NamedTuple):
             (tiles * b * h, tiles, *numbers[2:4], m, b, e, *interval, *numbers[12:]),
             q, k, v, Layout((b * h, m, e)),
         )  # fmt: skip
-        return self._replace(bound=bound, shape=(b, h, m, e))
+        spans = self.spans and self.spans.resized((tiles, b), (m, b * m, sizes.n, interval[4]))
+        return self._replace(bound=bound, shape=(b, h, m, e), spans=spans)
 
     @property
     def counted(self) -> bool:
@@ -101,16 +105,23 @@ class Repeated(NamedTuple):
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, alibi: Tensor | None,
-        sequences: Tensor | None = None,
+        sequences: Tensor | None = None, rows: Tensor | None = None,
     ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
         """Launch on new results, with a counter of its own."""
         out, lse = self.out.new_empty(self.shape), self.lse.new_empty(self.shape[:3])
         result, unused = out.data_ptr(), lse.data_ptr()
         counter = self.lse.new_zeros(1) if self.counted else lse  # the bits of 0.0 are those of 0
+        of_rows = of_spans = unused
+        if rows is not None and self.spans is not None:
+            tiles, b = self.spans.grid[:2]
+            spans = rows.new_empty((b, tiles, FIELDS))  # kept until all is launched
+            of_rows, of_spans = rows.data_ptr(), spans.data_ptr()
+            if not self.spans(of_rows, of_spans):
+                return None
         launched = self.bound(
             q.data_ptr(), k.data_ptr(), v.data_ptr(), result, result, unused,
             unused if sink is None else sink.data_ptr(), unused if alibi is None else alibi.data_ptr(),
-            unused, unused if sequences is None else sequences.data_ptr(), unused, counter.data_ptr(),
+            of_rows, unused if sequences is None else sequences.data_ptr(), of_spans, counter.data_ptr(),
         )  # fmt: skip
         return (out, lse) if launched else None
 

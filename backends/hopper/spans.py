@@ -9,12 +9,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..flash.plan import Bound, planned
 from .launch import Call
 
 FIELDS = 16  # int32 of a tile of queries, of which 4 + 4 W are used
 
 
-@triton.jit
+@planned
+@triton.jit(do_not_specialize=["m", "rows_size", "n", "keep"])
 def spans_kernel(rows, plan, m, rows_size, n, keep, W: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
     """Write first and last tile of the program's keys, of the head's, then first, last and full of each warpgroup."""
     tile = tl.program_id(0)
@@ -74,8 +76,15 @@ def spans_kernel(rows, plan, m, rows_size, n, keep, W: tl.constexpr, M: tl.const
 
 def spans(call: Call, m: int, n: int, warpgroups: int, tall: int, wide: int) -> Tensor:
     """Find the tiles of every tile of queries: int32 [b, t, 16]."""
+    return planned_spans(call, m, n, warpgroups, tall, wide)[0]
+
+
+def planned_spans(call: Call, m: int, n: int, warpgroups: int, tall: int, wide: int) -> tuple[Tensor, Bound | None]:
+    """Find `spans`, and say how they were launched."""
     assert call.rows is not None  # noqa: S101 - for type checkers
     b, tiles = call.rows.shape[1], -(-m // (warpgroups * tall))
     plan = torch.empty(b, tiles, FIELDS, dtype=torch.int32, device=call.rows.device)
-    spans_kernel[tiles, b](call.rows, plan, m, b * m, n, call.interval[4], W=warpgroups, M=tall, N=wide, num_warps=1)
-    return plan
+    bound = spans_kernel[tiles, b](
+        call.rows, plan, m, b * m, n, call.interval[4], W=warpgroups, M=tall, N=wide, num_warps=1
+    )
+    return plan, bound

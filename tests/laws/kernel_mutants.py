@@ -220,6 +220,16 @@ FEW: Final = (
         {"b": 2, "m": 7, "n": 33, "mask": "causal() & lengths([33, 20])"},
     ),
     KernelMutant(
+        "a_prefix_is_not_seen_from_everywhere", "rows_kernel", DEFINITION,
+        one("rows", "tl.maximum(stands + 1, start + prefix)", "stands + 1"),
+        {"m": 7, "n": 33, "q_offset": 0, "mask": "prefix(20)"},
+    ),
+    KernelMutant(
+        "documents_see_those_before_them", "rows_kernel", DEFINITION,
+        one("rows", "tl.where(holds, (k_stop - k_length)[None, :], 0)", "tl.where(holds, 0, 0)"),
+        {"m": 7, "n": 33, "mask": "documents([3, 4], [20, 13])"},
+    ),
+    KernelMutant(
         "parts_without_keys_have_no_guard", "few_merge_kernel", "blind_rows_are_zero",
         one("decode_kernel", 'shift = tl.where(top == -float("inf"), 0.0, top)', "shift = top"),
         {"m": 7, "n": 17},

@@ -137,7 +137,7 @@ def pretend(triton: Any, target: Any) -> None:
     import_module(FLASH)
     for name, module in list(sys.modules.items()):
         if name.startswith(f"{FLASH}.") and hasattr(module, "serve"):
-            vars(module)["serve"] = lambda _: None
+            vars(module)["serve"] = lambda *_: None
 
 
 def reap(running: list[Compile], done: list[dict[str, Any]]) -> None:
