@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from longspan.laws.offline import pretend
 
 pretend(triton, GPUTarget("cuda", 90, 32))
-from longspan.backends.flash.lowering import lower
+from longspan.backends.flash import lowering
 from longspan.backends.hopper import forward, spans
 from longspan.backends.hopper.launch import Call
 from longspan.spec import masks
@@ -33,12 +33,13 @@ class Offline:
     def __getitem__(self, grid):
         return lambda *args, **options: compiled.append(self.kernel.warmup(*args, grid=grid, **options))
 
+lowering.lowered_there = lambda *_: None  # no kernel runs here
 forward.forward_kernel, spans.spans_kernel = Offline(forward.forward_kernel), Offline(spans.spans_kernel)
 for problem in sys.argv[1:]:
     compiled, asked = [], json.loads(problem)
     m, head = 384, torch.zeros(4)
     q, v = (torch.zeros(2, 4, m, asked[name], dtype=torch.bfloat16) for name in "de")
-    seen = lower(eval(asked["mask"], {**vars(masks)}), 2, m, m, q_offset=None, k_offset=0, device=q.device)
+    seen = lowering.lower(eval(asked["mask"], {**vars(masks)}), 2, m, m, q_offset=None, k_offset=0, device=q.device)
     each = torch.zeros(2, 4, dtype=torch.int32) if asked.get("lengths") else seen.sequences
     call = Call(
         head if asked.get("sink") else None, head if asked.get("alibi") else None, seen.rows, each,
