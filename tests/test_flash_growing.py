@@ -156,6 +156,8 @@ def test_a_cache_that_grows_is_launched_by_the_code_that_is_there(
     family: dict[str, Any], n: int, m: int, step: int, backend: str
 ) -> None:
     assume((n - 1) // 256 == (n + step - 1) // 256)
+    # Whole tiles of keys are other code, and so are tiles that end where the mask does.
+    assume(backend == "flash" or all(x % 64 for x in (n, n - m, n + step, n + step - m)))
     plan.forget()
     size = {"m": m, "q": "plain", "k": "cache", "q_offset": None, "k_offset": 0}
     first = call(family | size | {"n": n}, backend)

@@ -23,7 +23,7 @@ from .kin import Kin, Sizes
 from .launch import Call
 from .lowering import lower
 from .plan import layout, memory, recall, remember
-from .reach import Given, Lowered, Reach, reach, told
+from .reach import NOTHING, Given, Lowered, Reach, reach, told
 from .rope_function import watched
 from .rope_kernel import on
 
@@ -64,10 +64,10 @@ class Attending(NamedTuple):
         ask = asked(q, k, v, mask, scale, softcap, sink, alibi, q_offset, k_offset, out_dtype)
         if ask is not None and (kin := recall(self.known, ask[0])) is not None:
             _, sizes, _, given = ask
-            launch = kin.find(sizes) or self.resized(
-                kin, Sizes(*sizes), q, k, v, given, q_offset,
-                lambda: (sink, alibi, *numbers(q, scale, softcap, out_dtype), *more),
-            )  # fmt: skip
+            launch = kin.find(sizes)
+            if launch is None:
+                options = scale, softcap, sink, alibi, q_offset, out_dtype, *more
+                launch = self.resized(kin, Sizes(*sizes), given, q, k, v, *options)
             if launch is not None:
                 with on(q.device):
                     state = launch(q, k, v, contiguous(sink), contiguous(alibi), given, q_offset)
@@ -100,8 +100,9 @@ class Attending(NamedTuple):
         return state
 
     def resized(
-        self, kin: Kin, sizes: Sizes, q: Tensor, k: Tensor, v: Tensor, given: Given,
-        q_offset: int | Tensor | None, options: Callable[[], tuple[Any, ...]],
+        self, kin: Kin, sizes: Sizes, given: Given, q: Tensor, k: Tensor, v: Tensor, scale: float | None,
+        softcap: float | None, sink: Tensor | None, alibi: Tensor | None, q_offset: int | Tensor | None,
+        out_dtype: torch.dtype | None, *more: Any,
     ) -> Launch | None:  # fmt: skip
         """Take the launch of a call that is kin to this one's sizes; None if none is launched alike."""
         m, n, *_ = sizes
@@ -113,7 +114,7 @@ class Attending(NamedTuple):
 
         def call() -> Call:
             """What code depends on of a call, which asks of rows and sequences only whether there are any."""
-            sink, alibi, *rest = options()
+            rest = *numbers(q, scale, softcap, out_dtype), *more
             return self.call(sink, alibi, k if rows else None, k if each else None, interval, *rest)
 
         alike = kin.forms.get(form(self.tiles(q, k, v, call), q.shape[0], sizes, interval, lowered))
@@ -157,13 +158,15 @@ def asked(
     if terms is None or not q.ndim == k.ndim == v.ndim == 4:
         return None
     terms, given = terms
-    for x in (sink, alibi, *given):
-        if x is not None and watched(x):
-            return None
+    if sink is not None or alibi is not None or given is not NOTHING:
+        for x in (sink, alibi, *given):
+            if x is not None and watched(x):
+                return None
+    of_given = None if given is NOTHING else tuple(map(layout, given))
     (b, h, m, d), (of_k, g, n, of_d), (of_v, of_g, values, e) = q.shape, k.shape, v.shape
     key = (
         b, h, d, of_k, g, of_d, of_v, of_g, e, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device, terms,
-        scale, softcap, layout(sink), layout(alibi), *map(layout, given), of_offsets, out_dtype,
+        scale, softcap, layout(sink), layout(alibi), of_given, of_offsets, out_dtype,
     )  # fmt: skip
     return key, (m, n, values, q.stride(), k.stride(), v.stride(), q_offset, k_offset), terms, given
 

@@ -63,10 +63,8 @@ def lowered_there(
     rows = torch.empty((4, b, m), dtype=torch.int32, device=device)
     if watched(rows):
         return None
-    there = Given(*(x if x is None else x.to(device) for x in given))
-    offsets = q_offset.to(device) if isinstance(q_offset, Tensor) else q_offset
     with on(device):
-        again = lower_rows(sees, rows, n, there, offsets, k_offset)
+        again = lower_rows(sees, rows, n, given, q_offset, k_offset)
     return Lowered(rows, None, -m, n, n, 0, min(sees.keep, FARTHEST), again)
 
 

@@ -36,6 +36,10 @@ class Given(NamedTuple):
     k_lengths: Tensor | None = None
 
 
+NOTHING: Final = Given()
+NUMBERS: Final = {Causal, Window, Prefix, Chunks}  # terms that hold no tensor
+
+
 class Reach(NamedTuple):
     """How far the rows of a mask see around where they stand.
 
@@ -68,19 +72,17 @@ class Reach(NamedTuple):
 
 def told(mask: Mask) -> tuple[tuple[Term, ...], Given] | None:
     """Split a mask into terms that are numbers, and tensors; None if kernels lower it not."""
-    terms, given = mask.terms, Given()
-    for term in mask.terms:
-        match term:
-            case Causal() | Window() | Prefix() | Chunks():
-                pass
-            case Lengths(lengths):
-                given = Given(lengths)
-                terms = tuple(x for x in terms if x is not term)
-            case Documents(q_lengths, k_lengths):
-                given = Given(None, q_lengths, k_lengths)
-                terms = tuple(x for x in terms if x is not term)
-            case _:
-                return None
+    terms, given = mask.terms, NOTHING
+    for term in terms:
+        if type(term) in NUMBERS:
+            continue
+        if isinstance(term, Lengths):
+            given = Given(term.lengths)
+        elif isinstance(term, Documents):
+            given = Given(None, term.q_lengths, term.k_lengths)
+        else:
+            return None
+        terms = tuple(x for x in mask.terms if x is not term)  # a mask has one of these at most
     return terms, given
 
 

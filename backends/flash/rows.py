@@ -7,6 +7,7 @@ Shapes: b batch, m queries, n keys, t documents.
 
 from typing import Final, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -129,16 +130,30 @@ class Rows(NamedTuple):
 
     def resized(self, sees: Reach, m: int, n: int, given: Given, offsets: Tensor | int | None, k_offset: int) -> "Rows":
         """Lower for other sizes."""
-        bound = self.bound.resized((-(-m // BLOCK), self.b), numbers_of(sees, m, n, given, offsets, k_offset))
-        return self._replace(bound=bound, m=m)
+        numbers = numbers_of(sees, m, n, *dense(self.like.device, given, offsets), k_offset)
+        return Rows(self.bound.resized((-(-m // BLOCK), self.b), numbers), self.b, m, self.like)
 
     def __call__(self, given: Given, offsets: Tensor | int | None) -> tuple[None, Tensor] | None:
         """Lower; None if it cannot be repeated. No sequences, and rows."""
         rows = self.like.new_empty((4, self.b, self.m))
-        tensors = given.q_lengths, given.k_lengths, given.lengths, offsets
-        there = [x.to(rows.device) if isinstance(x, Tensor) else None for x in tensors]  # kept until all is launched
-        launched = self.bound(*(0 if x is None else x.data_ptr() for x in there), rows.data_ptr())
+        given, offsets = moved(rows.device, *dense(rows.device, given, offsets))  # kept until all is launched
+        launched = self.bound(
+            *(0 if x is None else x.data_ptr() for x in (given.q_lengths, given.k_lengths, given.lengths)),
+            offsets.data_ptr() if isinstance(offsets, Tensor) else 0, rows.data_ptr(),
+        )  # fmt: skip
         return (None, rows) if launched else None
+
+
+def dense(device: torch.device, given: Given, offsets: Tensor | int | None) -> tuple[Given, Tensor | int | None]:
+    """Lay out what lies elsewhere as it will when it was moved: only then are strides what they were."""
+    found = [x.contiguous() if isinstance(x, Tensor) and x.device != device else x for x in (*given, offsets)]
+    return Given(*found[:3]), found[3]
+
+
+def moved(device: torch.device, given: Given, offsets: Tensor | int | None) -> tuple[Given, Tensor | int | None]:
+    """Take tensors to where rows are wanted."""
+    found = [x.to(device) if isinstance(x, Tensor) else x for x in (*given, offsets)]
+    return Given(*found[:3]), found[3]
 
 
 def numbers_of(
@@ -147,8 +162,7 @@ def numbers_of(
     """What the kernel takes after addresses."""
     t, of_documents = 0, (0, 0, 0, 0)
     if given.q_lengths is not None and given.k_lengths is not None:
-        t = given.q_lengths.shape[-1]
-        of_documents = *steps(given.q_lengths), *steps(given.k_lengths)
+        t, of_documents = given.q_lengths.shape[-1], (*steps(given.q_lengths), *steps(given.k_lengths))
     return (
         m, n, t, *of_documents, 0 if given.lengths is None else given.lengths.stride(0),
         offsets.stride(0) if isinstance(offsets, Tensor) else 0, offsets if isinstance(offsets, int) else 0, k_offset,
@@ -164,10 +178,11 @@ def steps(x: Tensor) -> tuple[int, int]:
 def lower_rows(
     sees: Reach, rows: Tensor, n: int, given: Given, offsets: Tensor | int | None, k_offset: int
 ) -> Rows | None:
-    """Fill int32 [4, b, m], see `reach.Lowered`, from tensors on its device; say how to do it again."""
+    """Fill int32 [4, b, m], see `reach.Lowered`; say how to do it again."""
     _, b, m = rows.shape
     if b * m == 0:
         return None
+    given, offsets = moved(rows.device, *dense(rows.device, given, offsets))
     bound = rows_kernel[(-(-m // BLOCK), b)](
         given.q_lengths, given.k_lengths, given.lengths, offsets if isinstance(offsets, Tensor) else None, rows,
         *numbers_of(sees, m, n, given, offsets, k_offset),

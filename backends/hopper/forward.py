@@ -98,11 +98,6 @@ class Repeated(NamedTuple):
         spans = self.spans and self.spans.resized((tiles, b), (m, b * m, sizes.n, interval[4]))
         return self._replace(bound=bound, shape=(b, h, m, e), spans=spans)
 
-    @property
-    def counted(self) -> bool:
-        """Whether there are more tiles than programs."""
-        return self.bound.numbers[0] > self.programs
-
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, alibi: Tensor | None,
         sequences: Tensor | None = None, rows: Tensor | None = None,
@@ -110,7 +105,8 @@ class Repeated(NamedTuple):
         """Launch on new results, with a counter of its own."""
         out, lse = self.out.new_empty(self.shape), self.lse.new_empty(self.shape[:3])
         result, unused = out.data_ptr(), lse.data_ptr()
-        counter = self.lse.new_zeros(1) if self.counted else lse  # the bits of 0.0 are those of 0
+        counted = self.bound.numbers[0] > self.programs
+        counter = self.lse.new_zeros(1) if counted else lse  # the bits of 0.0 are those of 0
         of_rows = of_spans = unused
         if rows is not None and self.spans is not None:
             tiles, b = self.spans.grid[:2]
