@@ -47,6 +47,16 @@ class Bound:
         other.described = {i: plan.layout_described(tensors[i]) for i in self.described}
         return other
 
+    def longer(self, numbers: tuple[Any, ...], tokens: int) -> "Bound":
+        """Take it to more tokens."""
+        assert specialised(self.name, numbers) == specialised(self.name, self.numbers)
+        other = object.__new__(Bound)
+        vars(other).update(vars(self), numbers=numbers)
+        other.described = {
+            i: ([*shape[:2], tokens, *shape[3:]], strides) for i, (shape, strides) in self.described.items()
+        }
+        return other
+
     def __call__(self, *addresses: int) -> bool:
         """Repeat it."""
         assert len(addresses) == self.count

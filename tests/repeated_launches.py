@@ -79,6 +79,13 @@ class Bound:
         }
         return other
 
+    def longer(self, numbers: tuple[Any, ...], tokens: int) -> "Bound":
+        """Put other numbers in the places of these, and more tokens."""
+        other = object.__new__(Bound)
+        vars(other).update(vars(self), numbers=numbers)
+        other.described = {i: ([*shape[:2], tokens, *shape[3:]], *rest) for i, (shape, *rest) in self.described.items()}
+        return other
+
     def __call__(self, *addresses: int) -> bool:
         """Launch on what lies there."""
         if any(addresses[i] % ALIGNED for i in self.slots):

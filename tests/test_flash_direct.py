@@ -76,6 +76,33 @@ def test_descriptors_are_written_out_as_the_wrappers_of_triton_36_do() -> None:
 
 
 @pytest.mark.usefixtures("of_triton_36")
+def test_a_launch_of_other_sizes_is_written_as_a_new_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = {"swizzle": 3, "elem_size": 2, "elem_type": 10, "block_size": [1, 1, 1, 8], "fp4_padded": False}
+    cache = torch.zeros(1, 2, 9, 8, dtype=torch.bfloat16)
+
+    def launched(tokens: int, of: plan.Bound | None = None) -> tuple[plan.Bound, Any]:
+        x = cache[:, :, :tokens]
+        described = TensorDescriptor(x, *direct.layout_described(x), [1, 1, 1, 8])
+        numbers = (5, 0.5, tokens)
+        of = of or bind((cache, described, None, *numbers), CudaLauncher(described=True), [layout])
+        assert of.plan.direct is not None
+        assert of(16, 32, 0)
+        return of, LAUNCHES[-1]
+
+    short, before = launched(4)
+    long, after = launched(7)
+    assert before != after
+    for other in (short.longer(long.numbers, 7), short.resized((2, 3), long.numbers, None, cache[:, :, :7])):
+        assert launched(7, other)[1] == after
+        assert launched(4, short)[1] == before
+    monkeypatch.setattr(direct, "MAPS", 5)
+    for address in range(16, 1600, 16):
+        assert short(16, address, 0)
+        assert len(short.maps) <= 5
+        assert LAUNCHES[-1][14] == ("map", address, 3, 2, 9, [1, 1, 1, 8], [1, 2, 4, 8], [16, 72, 8, 1], 0)
+
+
+@pytest.mark.usefixtures("of_triton_36")
 def test_a_launcher_that_is_not_as_expected_is_not_opened() -> None:
     wide = torch.zeros(4, 32, dtype=torch.bfloat16)
     described = (TensorDescriptor(wide, [4, 32], [32, 1], [1, 32]), 7)

@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 from repeated_launches import REPEATED, repeat
 
 from longspan.backends import eager, flash
-from longspan.backends.flash import growing, kin, paged_launch, plan, reach, rows
+from longspan.backends.flash import decode, growing, kin, paged_launch, plan, reach, rows
 from longspan.spec import AttentionState, masks
 
 attending = import_module("longspan.backends.flash.attending")
@@ -184,9 +184,9 @@ def test_any_sequence_of_calls_on_pages_is_right(
 # In turn: each asks for what was planned for another.
 CALLS: list[Step] = [
     PLAIN | step for step in (
-        {}, {"n": 259}, {"n": 270, "scale": 0.5}, {"n": 270}, {"n": 270, "out_dtype": torch.float32}, {"k": "odd rows"},
-        {"m": 2}, {"m": 16}, {"m": 150, "n": 255}, {"m": 16}, {"mask": "lengths", "n": 300}, {"mask": "lengths"},
-        {"k": "odd origin"}, {"n": 270, "shared": True}, {"n": 270},
+        {}, {"n": 261}, {"n": 259}, {"n": 270, "scale": 0.5}, {"n": 270}, {"n": 270, "out_dtype": torch.float32},
+        {"k": "odd rows"}, {"m": 2}, {"m": 16}, {"m": 150, "n": 255}, {"m": 16}, {"mask": "lengths", "n": 300},
+        {"mask": "lengths"}, {"k": "odd origin"}, {"n": 270, "shared": True}, {"n": 270},
         {"n": 30}, {"n": 29}, {"n": 20}, {"mask": "lengths", "q_offset": 200}, {"mask": "lengths", "q_offset": 100},
         {"mask": "documents", "seed": 1}, {"mask": "documents", "seed": 2}, {"mask": "documents", "n": 259},
         {"mask": "first", "m": 150}, {"mask": "first", "m": 149}, {"mask": "first", "m": 149, "k_offset": 3},
@@ -229,6 +229,7 @@ MUTANTS: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
     "a scale of pages is not in the key": (paged, "related", lambda whole: asked_without(whole, 7)),
     "masks do not grow": (reach.Reach, "interval", lambda whole: remembered_interval({}, whole)),
     "lengths are lowered as they were": (reach.Each, "resized", lambda _: lambda each, *_: each),
+    "caches do not grow": (decode.Repeated, "longer", lambda _: lambda repeated, *_: repeated),
     "rows are lowered as they were": (rows.Rows, "resized", lambda _: lambda lowered, *_: lowered),
     "any sizes are the last": (kin.Kin, "find", lambda _: lambda known, _: known.last[1]),
     "tables do not grow": (paged_launch.Repeated, "resized", lambda _: lambda repeated, *_: repeated),

@@ -23,7 +23,7 @@ from .kin import Kin, Sizes
 from .launch import Call
 from .lowering import lower
 from .plan import layout, memory, recall, remember
-from .reach import NOTHING, Given, Lowered, Reach, reach, told
+from .reach import NOTHING, Given, Lowered, Reach, any_sees, reach, told
 from .rope_function import watched
 from .rope_kernel import on
 
@@ -95,7 +95,8 @@ class Attending(NamedTuple):
             of = form(self.tiles(q, k, v, lambda: call), q.shape[0], Sizes(*sizes), call.interval, not integers)
             if of is not None:
                 kin = recall(self.known, key) or Kin(reach(terms))
-                kin.learn(sizes, of, Launch(call.again, seen.again))
+                known = any_sees(q.shape[2], k.shape[2], *call.interval)
+                kin.learn(Sizes(*sizes), of, Launch(call.again, seen.again, known))
                 remember(self.known, key, kin)
         return state
 
@@ -117,6 +118,11 @@ class Attending(NamedTuple):
             rest = *numbers(q, scale, softcap, out_dtype), *more
             return self.call(sink, alibi, k if rows else None, k if each else None, interval, *rest)
 
+        before, launch = kin.last
+        launch = launch and launch.longer(before, sizes, interval)
+        if launch is not None:
+            kin.last = sizes, launch
+            return launch
         alike = kin.forms.get(form(self.tiles(q, k, v, call), q.shape[0], sizes, interval, lowered))
         if alike is None:
             return None

@@ -145,6 +145,12 @@ class Repeated(NamedTuple):
         attended = attended.resized(attended.grid, numbers, q, k, v)
         return Repeated(attended, *self[1:])
 
+    def longer(self, n: int, interval: tuple[int, ...]) -> "Repeated":
+        """Take the code to n keys in the same places; see `growing.Launch.longer`."""
+        numbers = self.attended.numbers
+        numbers = *numbers[:14], n, *numbers[15:17], *interval, *numbers[22:]
+        return Repeated(self.attended.longer(numbers, n), *self[1:])
+
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, alibi: Tensor | None,
         sequences: Tensor | None = None, rows: Tensor | None = None,

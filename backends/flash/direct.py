@@ -118,6 +118,14 @@ class Direct:
         line[self.rest : self.rest + len(bound.numbers)] = bound.numbers
         return line
 
+    def longer(self, line: list[Any], numbers: tuple[Any, ...], tokens: int) -> list[Any]:
+        """The same of a launch of more tokens, whose third axis they are."""
+        line = line.copy()
+        for spot, *_ in self.spots:
+            line[spot + 3] = tokens
+        line[self.rest : self.rest + len(numbers)] = numbers
+        return line
+
     def __call__(self, bound: Any, stream: int, addresses: tuple[int, ...]) -> None:
         """Launch."""
         line = bound.line.copy()

@@ -199,6 +199,9 @@ class Repeated(NamedTuple):
         bound = self.bound.resized(grid, numbers, q, k, v)
         return self._replace(bound=bound, shape=(b, h, sizes.m, e))
 
+    def longer(self, n: int, interval: tuple[int, ...]) -> None:
+        """Say that this code depends on more of the number of keys; see `launch.Again`."""
+
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, alibi: Tensor | None,
         sequences: Tensor | None = None, rows: Tensor | None = None,

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from .decode_choices import LEAST
 from .kin import LONGEST, NEAR, Sizes, kinds
 from .launch import Again
 from .reach import FARTHEST, Each, Given, Reach, any_sees
@@ -23,10 +24,12 @@ class Launch(NamedTuple):
     Attributes:
         again: The launch.
         lowered: How sequences or rows are made of the tensors of the mask; None where integers are all.
+        seen: Whether every key is seen by some query, if that is known from integers; see `reach.any_sees`.
     """
 
     again: Again
     lowered: Each | Rows | None
+    seen: bool = False
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, alibi: Tensor | None, given: Given,
@@ -44,7 +47,20 @@ class Launch(NamedTuple):
     ) -> "Launch":  # fmt: skip
         """Take the code to a problem of the same form."""
         lowered = self.lowered and self.lowered.resized(sees, sizes.m, sizes.n, given, offsets, sizes.k_offset)
-        return Launch(self.again.resized(sizes, interval, q, k, v), lowered)
+        return Launch(self.again.resized(sizes, interval, q, k, v), lowered, any_sees(*sizes[:2], *interval))
+
+    def longer(self, before: Sizes, sizes: Sizes, interval: tuple[int, int, int, int, int]) -> "Launch | None":
+        """Take the code to as many queries of more keys, by the keys alone; None if it needs a look at the form.
+
+        What is `few` before keys are added is `few` after, and the number of parts hangs on how often `LEAST` fits.
+        """
+        m, n, last = sizes.m, sizes.n, before.n
+        if m != before.m or sizes[3:] != before[3:] or sizes.values != n or not 1 < last < n <= LONGEST:
+            return None
+        if self.lowered is not None or -(-n // LEAST) != -(-last // LEAST) or any_sees(m, n, *interval) != self.seen:
+            return None
+        again = self.again.longer(n, interval)
+        return None if again is None else Launch(again, None, self.seen)
 
 
 def form(tiles: Hashable, b: int, sizes: Sizes, interval: tuple[int, int, int, int, int], lowered: bool) -> Hashable:

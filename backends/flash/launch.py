@@ -35,6 +35,10 @@ class Again(Protocol):
         """Take the code to a problem that differs in sizes alone; see `growing.form`."""
         ...
 
+    def longer(self, n: int, interval: tuple[int, ...]) -> "Again | None":
+        """Take the code to n keys in the same places; None where that is not all that code depends on."""
+        ...
+
 
 @dataclass(frozen=True)
 class Call:

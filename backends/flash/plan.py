@@ -267,6 +267,19 @@ class Bound:
             other.line = None
         return other
 
+    def longer(self, numbers: tuple[Any, ...], tokens: int) -> "Bound":
+        """Bind the same code to other numbers, and to tensors of so many tokens, more than one, in the same places."""
+        other = object.__new__(Bound)
+        other.plan, other.grid, other.numbers, other.maps = self.plan, self.grid, numbers, {}
+        other.described, other.line = self.described, self.line
+        if self.line:
+            other.line = self.plan.direct.longer(self.line, numbers, tokens)
+        elif self.described:
+            other.described = [
+                (i, like.of([*like.shape[:2], tokens, *like.shape[3:]], like.strides)) for i, like in self.described
+            ]
+        return other
+
     def __call__(self, *addresses: int) -> bool:
         """Launch on other addresses, 0 for what was None; or say False, and do nothing, if one is not aligned."""
         plan, bits = self.plan, 0

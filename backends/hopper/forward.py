@@ -98,6 +98,9 @@ class Repeated(NamedTuple):
         spans = self.spans and self.spans.resized((tiles, b), (m, b * m, sizes.n, interval[4]))
         return self._replace(bound=bound, shape=(b, h, m, e), spans=spans)
 
+    def longer(self, n: int, interval: tuple[int, ...]) -> None:
+        """Say that this code depends on more of the number of keys; see `flash.launch.Again`."""
+
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, alibi: Tensor | None,
         sequences: Tensor | None = None, rows: Tensor | None = None,
