@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime import JITFunction  # noqa: E402
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
-from longspan.backends.flash import direct, plan  # noqa: E402
+from longspan.backends.flash import direct, kin, plan  # noqa: E402
 
 LAUNCHES: list[tuple[Any, ...]] = []
 CORE = triton.language.core
@@ -233,7 +233,7 @@ def test_what_is_remembered_is_bounded_and_can_be_forgotten() -> None:
     assert len(known) == 5
     assert plan.recall(known, plan.MANY) == plan.MANY
     assert plan.recall(known, ([],)) is None
-    seen = plan.Sightings()
+    seen = kin.Sightings()
     assert not seen.again("a")
     assert seen.again("a")
     assert not any(seen.again(i) for i in range(plan.MANY + 5))

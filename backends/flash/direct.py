@@ -46,6 +46,10 @@ class Described:
         other.shape, other.strides, other.padding, other.base = shape, strides, self.padding, self.base
         return other
 
+    def longer(self, tokens: int) -> "Described":
+        """Describe more tokens, whose third axis they are, in the same places."""
+        return self.of([*self.shape[:2], tokens, *self.shape[3:]], self.strides)
+
     def at(self, address: int) -> "Described":
         """Describe the same layout elsewhere."""
         moved = object.__new__(Described)

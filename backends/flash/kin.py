@@ -1,11 +1,11 @@
-"""Calls that are equal but for sizes, and what of a size the code of a kernel depends on."""
+"""Calls that were asked before, or are equal but for sizes; and what of a size the code of a kernel depends on."""
 
 from collections.abc import Hashable
 from functools import lru_cache
 from typing import Any, Final, NamedTuple
 
 from .choices import LARGEST
-from .plan import ALIGNED
+from .plan import ALIGNED, MANY, MEMORIES
 
 LONGEST: Final = 2**30 - 1  # tokens: positions and their differences stay inside int32
 NEAR: Final = 2**31 // LARGEST  # elements from row to row, within which a tile of any choice spans less than 2^31
@@ -51,6 +51,32 @@ class Kin:
             del self.forms[next(iter(self.forms))]  # the oldest
         self.forms[form] = launch
         self.last = sizes, launch
+
+
+class Sightings:
+    """Problems that were asked once: what comes a second time is worth remembering.
+
+    A cache that grows asks a new problem at every step. Numbers are kept, not problems: a collector of garbage has
+    nothing to follow, and two problems of one number are only remembered a little early.
+    """
+
+    def __init__(self) -> None:
+        """Have seen nothing."""
+        self.marks: set[int] = set()
+        MEMORIES.append(self.marks)
+
+    def again(self, key: Hashable) -> bool:
+        """Whether a problem was seen before; from now on it was."""
+        try:
+            mark = hash(key)
+        except TypeError:  # see `plan.recall`
+            return False
+        if mark in self.marks:
+            return True
+        if len(self.marks) >= MANY:
+            self.marks.clear()
+        self.marks.add(mark)
+        return False
 
 
 @lru_cache(maxsize=4096)

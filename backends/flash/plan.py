@@ -41,32 +41,6 @@ def memory() -> dict[Any, Any]:
     return known
 
 
-class Sightings:
-    """Problems that were asked once: what comes a second time is worth remembering.
-
-    A cache that grows asks a new problem at every step. Numbers are kept, not problems: a collector of garbage has
-    nothing to follow, and two problems of one number are only remembered a little early.
-    """
-
-    def __init__(self) -> None:
-        """Have seen nothing."""
-        self.marks: set[int] = set()
-        MEMORIES.append(self.marks)
-
-    def again(self, key: Hashable) -> bool:
-        """Whether a problem was seen before; from now on it was."""
-        try:
-            mark = hash(key)
-        except TypeError:  # see `recall`
-            return False
-        if mark in self.marks:
-            return True
-        if len(self.marks) >= MANY:
-            self.marks.clear()
-        self.marks.add(mark)
-        return False
-
-
 def recall(known: dict[Any, Any], key: Hashable) -> Any:
     """Look a value up, or None; no argument is so wrong that this fails before it is checked."""
     try:
@@ -257,27 +231,27 @@ class Bound:
 
         Whoever asks must know that the code is the same: that all is the same that triton specialises.
         """
-        other = object.__new__(Bound)
-        other.plan, other.grid, other.numbers = self.plan, whole(grid), numbers
-        other.maps = {}
+        other = self.alike(grid, numbers)
         if self.line:
-            other.described, other.line = self.described, self.plan.direct.resized(self.line, other, tensors)
+            other.line = self.plan.direct.resized(self.line, other, tensors)
         else:
             other.described = [(i, like.of(*layout_described(tensors[i]))) for i, like in self.described]
-            other.line = None
         return other
 
     def longer(self, numbers: tuple[Any, ...], tokens: int) -> "Bound":
         """Bind the same code to other numbers, and to tensors of so many tokens, more than one, in the same places."""
-        other = object.__new__(Bound)
-        other.plan, other.grid, other.numbers, other.maps = self.plan, self.grid, numbers, {}
-        other.described, other.line = self.described, self.line
+        other = self.alike(self.grid, numbers)
         if self.line:
             other.line = self.plan.direct.longer(self.line, numbers, tokens)
-        elif self.described:
-            other.described = [
-                (i, like.of([*like.shape[:2], tokens, *like.shape[3:]], like.strides)) for i, like in self.described
-            ]
+        else:
+            other.described = [(i, like.longer(tokens)) for i, like in self.described]
+        return other
+
+    def alike(self, grid: tuple[int, ...], numbers: tuple[Any, ...]) -> "Bound":
+        """Bind the same code and the same layouts to another grid and other numbers."""
+        other = object.__new__(Bound)
+        other.plan, other.grid, other.numbers, other.maps = self.plan, whole(grid), numbers, {}
+        other.described, other.line = self.described, self.line
         return other
 
     def __call__(self, *addresses: int) -> bool:

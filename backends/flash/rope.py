@@ -16,7 +16,8 @@ from longspan.spec.checks import check_rerotate, check_rotate
 from longspan.spec.pairing import Pairing
 
 from ..registry import Unsupported
-from .plan import Bound, Sightings, layout, memory, recall, remember
+from .kin import Sightings
+from .plan import Bound, layout, memory, recall, remember
 from .rope_function import transformed, turn_, turn_out, turned, watched
 from .rope_kernel import INTERPRETED, on
 
