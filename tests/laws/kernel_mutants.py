@@ -129,13 +129,11 @@ BACKWARD: Final = (
     ),
     KernelMutant(
         "a_row_without_keys_has_nan_for_its_weights", "prepare_kernel", GRADIENTS,
-        one("backward", 'tl.where(log_sum == -float("inf"), float("inf"), log_sum)', "log_sum"),
-        {"m": 33, "n": 17},
+        one("backward", 'tl.where(log_sum == -float("inf"), float("inf"), log_sum)', "log_sum"), {"m": 33, "n": 17},
     ),
     KernelMutant(
         "dk_sums_over_one_head_of_its_group", "backward_keys_kernel", GRADIENTS,
-        one("backward", "for _ in tl.range(0, cut * group):", "for _ in tl.range(0, cut):"),
-        {"m": 17, "n": 17, "r": 2},
+        one("backward", "for _ in tl.range(0, cut * group):", "for _ in tl.range(0, cut):"), {"m": 17, "n": 17, "r": 2},
     ),
     KernelMutant(
         "one_full_tile_of_queries_is_skipped", "backward_keys_kernel", GRADIENTS,
@@ -231,8 +229,7 @@ FEW: Final = (
     ),
     KernelMutant(
         "parts_without_keys_have_no_guard", "few_merge_kernel", "blind_rows_are_zero",
-        one("decode_kernel", 'shift = tl.where(top == -float("inf"), 0.0, top)', "shift = top"),
-        {"m": 7, "n": 17},
+        one("decode_kernel", 'shift = tl.where(top == -float("inf"), 0.0, top)', "shift = top"), {"m": 7, "n": 17},
     ),
 )  # fmt: skip
 
