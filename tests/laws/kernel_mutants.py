@@ -35,6 +35,7 @@ MERGING: Final = "merging_has_no_order"
 # Large enough for full tiles and cut ones.
 TILES: Final = {"m": 33, "n": 65}
 ALL: Final = {**TILES, "mask": "everything()"}
+PARTS: Final = {"m": 7, "n": 65, "mask": "everything()"}  # few queries, of keys in several parts
 SQUARE: Final = {"m": 33, "n": 33, "mask": "causal()"}
 # One sequence stands for all: nothing that the copy engine could describe, so that tiles are read by pointers.
 POINTERS: Final = {"b": 2, "g": 2, "d": 16, "e": 16, "k_storage": "expand", "v_storage": "expand"}
@@ -71,8 +72,7 @@ FORWARD: Final = (
         (
             Edit("tiles", "(row + down < rows)[:, None], other", "((row + down < rows) | (head == 0))[:, None], other"),
             Edit("tiles", "tl.minimum(i + high, stop), 0)", "tl.minimum(i + high, tl.cdiv(stop, 32) * 32), 0)"),
-        ),
-        {**POINTERS, "m": 17, "n": 33, "mask": "everything()"},
+        ), {**POINTERS, "m": 17, "n": 33, "mask": "everything()"},
     ),
     KernelMutant(
         "first_keys_beside_the_window_count_twice", "forward_kernel", DEFINITION,
@@ -86,8 +86,7 @@ FORWARD: Final = (
             "    for t in tl.range(0, heads + left + right):\n"
             "        if SINK:\n"
             "            total += tl.exp2(sink_score * 1.4426950408889634 - peak)\n",
-        ),
-        {**SQUARE, "sink": 1.0},
+        ), {**SQUARE, "sink": 1.0},
     ),
     KernelMutant(
         "lse_is_in_base_2", "forward_kernel", DEFINITION,
@@ -156,8 +155,7 @@ BACKWARD: Final = (
             "backward",
             "dq_sum, query, gradient, log_sum, flow, k, v, cut_start(",
             "tl.zeros([M, D], tl.float32), query, gradient, log_sum, flow, k, v, cut_start(",
-        ),
-        {"m": 33, "n": 65, "mask": "everything()"},
+        ), {"m": 33, "n": 65, "mask": "everything()"},
     ),
     KernelMutant(
         "the_heads_of_a_group_race_for_one_dq", "backward_queries_kernel", GRADIENTS,
@@ -184,8 +182,7 @@ FEW: Final = (
     ),
     KernelMutant(
         "parts_share_the_tile_between_them", "few_kernel", DEFINITION,
-        one("decode_kernel", "* (part + 1) // parts)", "* (part + 1) // parts + 1)"),
-        {"m": 7, "n": 65, "mask": "everything()"},
+        one("decode_kernel", "* (part + 1) // parts)", "* (part + 1) // parts + 1)"), PARTS,
     ),
     KernelMutant(
         "rows_are_packed_head_by_head", "few_kernel", DEFINITION,
@@ -194,8 +191,7 @@ FEW: Final = (
     ),
     KernelMutant(
         "the_mean_of_few_queries_is_not_rescaled", "few_kernel", DEFINITION,
-        one("decode_kernel", "acc = acc * rescale[:, None]", "acc = acc * 1.0"),
-        {"m": 7, "n": 65, "mask": "everything()"},
+        one("decode_kernel", "acc = acc * rescale[:, None]", "acc = acc * 1.0"), PARTS,
     ),
     KernelMutant(
         "dead_keys_of_few_queries_are_multiplied_by_zero", "few_kernel", "dead_slots_change_nothing",
@@ -204,13 +200,11 @@ FEW: Final = (
     ),
     KernelMutant(
         "the_last_part_is_not_counted", "few_merge_kernel", DEFINITION,
-        one("decode_kernel", "mask=each < count, other", "mask=each < count - 1, other"),
-        {"m": 7, "n": 65, "mask": "everything()"},
+        one("decode_kernel", "mask=each < count, other", "mask=each < count - 1, other"), PARTS,
     ),
     KernelMutant(
         "parts_are_added_without_weight", "few_merge_kernel", DEFINITION,
-        one("decode_kernel", "mean = tl.sum(weight[:, None] * part, 0)", "mean = tl.sum(part, 0)"),
-        {"m": 7, "n": 65, "mask": "everything()"},
+        one("decode_kernel", "mean = tl.sum(weight[:, None] * part, 0)", "mean = tl.sum(part, 0)"), PARTS,
     ),
     KernelMutant(
         "lengths_do_not_move_queries", "sequences_kernel", DEFINITION,
@@ -256,8 +250,7 @@ OTHERS: Final = (
         one(
             "rope_kernel", "cos, sin = cosine_sine(where, turns_of(speed), INVERSE)",
             "angle = where.to(tl.float32) * speed.to(tl.float32)\n    cos, sin = tl.cos(angle), tl.sin(angle)",
-        ),
-        {"largest": 2**20, "m": 17},
+        ), {"largest": 2**20, "m": 17},
     ),
     KernelMutant(
         "the_pairings_are_swapped", "rotate_kernel", ROTATION,
@@ -282,8 +275,7 @@ OTHERS: Final = (
             "append", "place = tl.load(slot + token * slot_t, there, -1).to(tl.int64)",
             "place = tl.load(slot + token * slot_t, there, -1).to(tl.int64)\n"
             "    place = tl.where(there, tl.maximum(place, 0), -1)",
-        ),
-        {"n": 17},
+        ), {"n": 17},
     ),
     KernelMutant(
         "rows_of_a_cache_are_as_long_as_it_has_rows", "append_kernel", APPENDING,
