@@ -25,7 +25,7 @@ def test_a_planted_bug_is_rejected_by_a_case_that_fails_when_pasted(
     capsys: pytest.CaptureFixture[str], mutant: str
 ) -> None:
     law = next(found.law for found in MUTANTS if found.name == mutant)
-    assert run(["verify", "--mutant", mutant, "--law", law, "--seconds", "30", "--seed", "1", "--device", "cpu"]) == 1
+    assert run(["verify", "--mutant", mutant, "--law", law, "--seconds", "300", "--seed", "1", "--device", "cpu"]) == 1
     out, _ = capsys.readouterr()
     assert f"A law is broken: {law}" in out
     program = pasted(out)
@@ -37,7 +37,7 @@ def test_a_planted_bug_is_rejected_by_a_case_that_fails_when_pasted(
 
 def test_a_counterexample_is_small(capsys: pytest.CaptureFixture[str]) -> None:
     law = "attention_is_its_definition"
-    assert run(["verify", "--mutant", "window_one_short", "--law", law, "--seconds", "30", "--seed", "2"]) == 1
+    assert run(["verify", "--mutant", "window_one_short", "--law", law, "--seconds", "300", "--seed", "2"]) == 1
     problem = re.search(r"problem = Attention\((.*)\)", capsys.readouterr().out)
     assert problem is not None
     sizes = dict(re.findall(r"\b([mn])=(\d+)", problem[1]))
@@ -55,7 +55,7 @@ def test_the_specification_passes_every_law_and_each_is_tried(capsys: pytest.Cap
 
 
 def test_a_seed_repeats_the_same_search(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["verify", "--mutant", "lse_in_base_2", "--law", "attention_is_its_definition", "--seconds", "30"]
+    arguments = ["verify", "--mutant", "lse_in_base_2", "--law", "attention_is_its_definition", "--seconds", "300"]
     outcomes = []
     for seed in ("5", "5"):
         assert run([*arguments, "--seed", seed, "--json"]) == 1

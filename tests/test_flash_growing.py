@@ -30,6 +30,9 @@ BACKENDS = {"flash": flash, "hopper": hopper}
 on_either = pytest.mark.parametrize("backend", BACKENDS)
 
 
+interpreted = pytest.mark.skipif(not flash.INTERPRETED, reason="tensors on a CPU, which compiled kernels decline")
+
+
 @pytest.fixture(autouse=True, params=["sm_90", "sm_80"])
 def recorded(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Choose as on a GPU, launch nothing, remember nothing from elsewhere."""
@@ -147,6 +150,7 @@ def test_a_launch_taken_to_other_sizes_is_the_launch_of_these(
         assert call(family | size, backend) == launched
 
 
+@interpreted
 @given(
     family=st.fixed_dictionaries(FAMILY | {"mask": st.sampled_from(GROWING)}),
     n=st.integers(700, 5900), m=st.sampled_from((1, 4, 600)), step=st.sampled_from((1, 2, 7)),
@@ -242,6 +246,7 @@ SIZE_PAGED = {"tokens": 200, "b": 15, "width": 800, "pages": 40, "wide": True, "
     family={"g": 4, "page": 64, "mask": masks.causal(), "options": False},
     sizes=[SIZE_PAGED | {"layout": "odd pages", "pages": pages} for pages in (16, 1)],
 )
+@interpreted
 @given(
     family=st.fixed_dictionaries(PAGED_FAMILY),
     sizes=st.lists(st.fixed_dictionaries(PAGED_CALLS), min_size=2, max_size=4),
@@ -256,6 +261,7 @@ def test_a_paged_launch_taken_to_other_sizes_is_the_launch_of_these(
         assert call_paged(family | size) == launched
 
 
+@interpreted
 def test_a_table_that_grows_is_launched_by_the_code_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     paged = import_module("longspan.backends.flash.paged")
     ask = {
@@ -276,6 +282,7 @@ def test_a_table_that_grows_is_launched_by_the_code_that_is_there(monkeypatch: p
     assert first != second
 
 
+@interpreted
 def test_tensors_that_do_not_fit_are_refused_after_those_that_do() -> None:
     q, k = heads(4, 3, 64, "plain"), heads(4, 700, 64, "cache")
     pages, table, lengths = POOL[:, :, :16], torch.zeros(2, 5, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
