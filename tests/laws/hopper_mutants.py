@@ -25,7 +25,8 @@ FORWARD: Final = (
     ),
     KernelMutant(
         "a_cut_tile_is_taken_for_a_whole_one", "forward_kernel", DEFINITION,
-        one("tiles", "max(min(row + high, stop), 0) // N, last)", "max(min(row + high + N, stop), 0) // N, last)"), CUT,
+        one("tiles", "(max(end + low, 0) + N - 1) // N, last)", "max(end + low, 0) // N, last)"),
+        {**CUT, "mask": "causal() & window(200)"},
     ),
     KernelMutant(
         "the_last_key_before_a_window_is_seen", "forward_kernel", DEFINITION,
