@@ -14,7 +14,7 @@ SHORT: Final = 300e-6  # seconds: what is shorter is timed in a graph, without t
 GRAPH: Final = 1e-3  # seconds that one graph takes at least
 CACHES: Final = 3  # times the last-level cache that the arguments of short kernels fill
 COPIES: Final = 32  # at most
-AHEAD: Final = 1_000_000  # cycles that the device sleeps while the host queues a launch behind them
+AHEAD: Final = 3_000_000  # cycles that the device sleeps while the host queues behind them what a launch consists of
 IDLE: Final = 0.02  # seconds between two finalists: the card's clocks recover from the neighbour
 
 
