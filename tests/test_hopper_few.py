@@ -34,8 +34,8 @@ def shifted(x: Tensor) -> Tensor:
 
 def lowered(q: Tensor, k: Tensor, options: dict[str, Any], *, deterministic: bool) -> tuple[Any, ...]:
     """What the operators take beside q, k and v."""
-    mask, sink, alibi, q_offset, k_offset = (options.get(x) for x in ("mask", "sink", "alibi", "q_offset", "k_offset"))
-    seen = lower(mask, 2, q.shape[2], k.shape[2], q_offset=q_offset, k_offset=k_offset or 0, device=q.device)
+    sink, alibi, q_offset, k_offset = (options.get(x) for x in ("sink", "alibi", "q_offset", "k_offset"))
+    seen = lower(options["mask"], 2, q.shape[2], k.shape[2], q_offset=q_offset, k_offset=k_offset or 0, device=q.device)
     numbers = attending.numbers(q, *(options.get(x) for x in ("scale", "softcap", "out_dtype")))
     return sink, alibi, seen.rows, seen.sequences, tuple(seen.interval), *numbers, deterministic
 
