@@ -37,6 +37,12 @@ class Unsupported(NotImplementedError):  # noqa: N818 - a fact about a backend, 
         super().__init__(f"{reason} (may be served by: {', '.join(alternatives) or 'no backend'})")
 
 
+def serve(reason: str | None, alternatives: tuple[str, ...] = ("eager",)) -> None:
+    """Raise `Unsupported` where there is a reason to."""
+    if reason is not None:
+        raise Unsupported(reason, alternatives=alternatives)
+
+
 @runtime_checkable
 class Backend(Protocol):
     """What every backend module offers; see `longspan.spec` for the meaning of each operation."""

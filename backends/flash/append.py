@@ -17,6 +17,7 @@ from longspan.spec import Rotation
 from longspan.spec.checks import check_append, check_rotate
 from longspan.spec.pairing import Pairing
 
+from ..registry import serve
 from .plan import planned
 from .rope import (
     arguments,
@@ -24,7 +25,6 @@ from .rope import (
     declines_heads,
     declines_in_place,
     declines_rotation,
-    serve,
 )
 from .rope_function import PLAIN, written
 from .rope_kernel import (

@@ -14,7 +14,7 @@ from torch import Tensor
 from longspan.spec import AttentionState
 from longspan.spec.masks import Mask, Term
 
-from ..registry import Unsupported
+from ..registry import serve
 from . import decode
 from .autograd import Two, revealed
 from .decode_choices import LEAST
@@ -185,12 +185,6 @@ def numbers(
         1 / math.sqrt(q.shape[3]) if scale is None else float(scale), None if softcap is None else float(softcap),
         q.dtype if out_dtype is None else out_dtype,
     )  # fmt: skip
-
-
-def serve(reason: str | None, alternatives: tuple[str, ...]) -> None:
-    """Raise `Unsupported` where there is a reason to."""
-    if reason is not None:
-        raise Unsupported(reason, alternatives=alternatives)
 
 
 def contiguous(x: Tensor | None) -> Tensor | None:

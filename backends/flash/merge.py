@@ -18,9 +18,10 @@ from torch import Tensor
 from longspan.spec import AttentionState
 from longspan.spec.state import check_sink, check_states, weights
 
+from ..registry import serve
 from .merge_choices import choose_merge
 from .plan import planned
-from .rope import declines_heads, serve
+from .rope import declines_heads
 from .rope_function import PLAIN, fold, watched
 from .rope_kernel import on, power_of_two
 

@@ -15,6 +15,7 @@ from longspan.spec import AttentionState
 from longspan.spec.checks import check_attention, check_lengths, check_pages, check_ragged
 from longspan.spec.masks import Chunks, Mask, check_join, check_mask, documents, everything
 
+from ..registry import serve
 from .attending import contiguous
 from .attention import one_batch
 from .autograd import revealed
@@ -24,7 +25,7 @@ from .launch import INTERPRETED
 from .paged_launch import SEQUENCES, form, run, sight
 from .paged_launch import launch as launch  # noqa: PLC0414 - the tuner launches without a call
 from .plan import layout, memory, recall, remember
-from .rope import DTYPES, serve
+from .rope import DTYPES
 from .rope_function import PLAIN, transformed, watched
 from .rope_kernel import on
 

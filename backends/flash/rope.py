@@ -15,7 +15,7 @@ from longspan.spec import Rotation
 from longspan.spec.checks import check_rerotate, check_rotate
 from longspan.spec.pairing import Pairing
 
-from ..registry import Unsupported
+from ..registry import serve
 from .kin import Sightings
 from .plan import Bound, layout, memory, recall, remember
 from .rope_function import transformed, turn_, turn_out, turned, watched
@@ -137,12 +137,6 @@ def rotate_qk_(
     serve(declines_rotate_qk_(q, k, position, rotation, pairing=pairing))
     turn_((q, k), *arguments(position, rotation), pairing == "interleaved")
     return q, k
-
-
-def serve(reason: str | None) -> None:
-    """Raise `Unsupported` where there is a reason to."""
-    if reason is not None:
-        raise Unsupported(reason)
 
 
 def declines_rotate(x: Tensor, position: Tensor, rotation: Rotation, *, pairing: Pairing = "half") -> str | None:

@@ -21,9 +21,9 @@ from ..flash import decode, paged
 from ..flash.attending import attending
 from ..flash.attention import one_batch
 from ..flash.rope_function import PLAIN, transformed
-from ..registry import Unsupported
+from ..registry import serve
 from .function import attend, call_of, launch_call
-from .launch import LONGEST, Call, declines_address, declines_shape
+from .launch import LONGEST, OTHERS, Call, declines_address, declines_shape
 
 DTYPES: Final = (torch.float16, torch.bfloat16)
 OUT_DTYPES: Final = (torch.float16, torch.bfloat16, torch.float32)
@@ -183,7 +183,7 @@ def attention_paged(
     """
     given = (q, q_lengths, k_pages, v_pages, table, lengths)
     if q.dtype not in DTYPES:
-        serve(declines_attention_paged(*given, **options))
+        serve(declines_attention_paged(*given, **options), OTHERS)
     return paged.attention_paged(*given, **options)
 
 
@@ -199,12 +199,6 @@ def declines_attention_paged(
     if q.dtype not in DTYPES:
         return f"hopper.attention_paged serves fp16 and bf16, which the tensor cores multiply, got {q.dtype}"
     return reason
-
-
-def serve(reason: str | None) -> None:
-    """Raise `Unsupported` where there is a reason to."""
-    if reason is not None:
-        raise Unsupported(reason, alternatives=("flash", "eager"))
 
 
 def code_of(call: Call, q: Tensor, k: Tensor, v: Tensor) -> Hashable:

@@ -18,8 +18,9 @@ from longspan.spec.quantise import E4M3, check_quantised
 
 from ..flash.lowering import Lowered, lower
 from ..flash.rope_kernel import on
-from .attention import DTYPES, OUT_DTYPES, serve
-from .launch import LONGEST, declines_address
+from ..registry import serve
+from .attention import DTYPES, OUT_DTYPES
+from .launch import LONGEST, OTHERS, declines_address
 from .values import GROUP, Values, laid_out
 
 WIDEST: Final = 256  # of a head: a tile's rows are held whole
@@ -43,7 +44,7 @@ def quantise(q: Tensor, k: Tensor, v: Tensor, *, signs: Tensor | None = None) ->
         ValueError: For what is no attention problem, and signs that are not one for each coordinate.
         Unsupported: For what `declines_quantise` names.
     """
-    serve(declines_quantise(q, k, v, signs=signs))
+    serve(declines_quantise(q, k, v, signs=signs), OTHERS)
     from .quantise_launch import quantised  # noqa: PLC0415 - kernels are of no use on other machines
 
     signs = None if signs is None else signs.float().contiguous()
@@ -95,10 +96,11 @@ def attention_quantised(
         declines_problem(
             q, k, v, mask=mask, scale=scale, softcap=softcap, sink=sink, alibi=alibi,
             q_offset=q_offset, k_offset=k_offset, out_dtype=out_dtype,
-        )
+        ),
+        OTHERS,
     )  # fmt: skip
     seen = lowered(mask, q, k, q_offset, k_offset)
-    serve(declines_mask(seen))
+    serve(declines_mask(seen), OTHERS)
     from .fp8_forward import forward  # noqa: PLC0415
 
     with on(q.values.device):

@@ -14,8 +14,8 @@ from ..flash import function as flash
 from ..flash.autograd import Four, Two, entered
 from ..flash.fitting import fitting
 from ..flash.rope_kernel import on
-from ..registry import Unsupported
-from .launch import Call, declines_address
+from ..registry import serve
+from .launch import OTHERS, Call, declines_address
 
 
 def launch_call(call: Call, q: Tensor, k: Tensor, v: Tensor) -> Two:
@@ -46,8 +46,7 @@ def backward(call: Call, *given: Any) -> Four:
 def launch_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Two:
     """Run the forward kernel on what the operator takes."""
     reason = None if decode.few(q, k, v) else declines_addresses(q, k, v)
-    if reason is not None:  # tensors had no memory to look at when they were first asked
-        raise Unsupported(reason, alternatives=("flash", "eager"))
+    serve(reason, OTHERS)  # tensors had no memory to look at when they were first asked
     return launch_call(call_of(*rest), q, k, v)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from ..flash import launch as flash
 from ..flash.direct import ALIGNED, layout_described
 
+OTHERS: Final = ("flash", "eager")  # backends that may serve what this one declines
 LONGEST: Final = 2**30 - 1  # tokens: positions and their differences stay inside int32
 # What is compiled: a choice that was tuned for other code does not serve.
 SOURCES: Final[Mapping[str, tuple[str, ...]]] = {
