@@ -22,7 +22,7 @@ from .growing import Launch, form
 from .kin import Kin, Sizes
 from .launch import Call
 from .lowering import lower
-from .plan import layout, memory, recall, remember
+from .plan import layout, recall, remember
 from .reach import NOTHING, Given, Lowered, Reach, any_sees, reach, told
 from .rope_function import watched
 from .rope_kernel import on
@@ -44,7 +44,7 @@ class Attending(NamedTuple):
         attend: Attends through autograd.
         code: All that code and tiles depend on of the sizes of a call with many queries; see `growing.form`.
         alternatives: Backends that may serve what this one declines.
-        known: Calls that were launched, by all but their sizes.
+        known: Calls that were launched, by all but their sizes: a `plan.memory` of the backend's own.
     """
 
     call: Callable[..., Any]
@@ -87,16 +87,17 @@ class Attending(NamedTuple):
     def first(self, ask: Ask, seen: Lowered, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Two:
         """Launch a call from nothing, and keep how if it can be launched again."""
         key, sizes, terms, _ = ask
+        sizes = Sizes(*sizes)
         # Rows and sequences may be others next time: only what can be lowered again is launched again.
         integers = seen.rows is None and seen.sequences is None
         call = replace(self.call(*rest), wanted=integers or seen.again is not None)
         state = self.launch(call, q, k, v)
         if call.again is not None:
-            of = form(self.tiles(q, k, v, lambda: call), q.shape[0], Sizes(*sizes), call.interval, not integers)
+            of = form(self.tiles(q, k, v, lambda: call), q.shape[0], sizes, call.interval, not integers)
             if of is not None:
                 kin = recall(self.known, key) or Kin(reach(terms))
                 known = any_sees(q.shape[2], k.shape[2], *call.interval)
-                kin.learn(Sizes(*sizes), of, Launch(call.again, seen.again, known))
+                kin.learn(sizes, of, Launch(call.again, seen.again, known))
                 remember(self.known, key, kin)
         return state
 
@@ -133,14 +134,6 @@ class Attending(NamedTuple):
     def tiles(self, q: Tensor, k: Tensor, v: Tensor, call: Callable[[], Call]) -> Hashable:
         """All that tiles and parts depend on of a call's sizes."""
         return (q.shape[2], -(-k.shape[2] // LEAST)) if decode.few(q, k, v) else self.code(call(), q, k, v)
-
-
-def attending(
-    call: Callable[..., Any], declines: Callable[..., str | None], launch: Callable[..., Two],
-    attend: Callable[..., Two], code: Callable[..., Hashable], *alternatives: str,
-) -> Attending:  # fmt: skip
-    """Let a backend attend; nothing is known of any call yet."""
-    return Attending(call, declines, launch, attend, code, alternatives, memory())
 
 
 def asked(

@@ -16,11 +16,12 @@ from longspan.spec.checks import check_attention, check_lengths, check_ragged
 from longspan.spec.masks import Mask, documents, everything
 
 from . import decode
-from .attending import attending
+from .attending import Attending
 from .choices import short
 from .function import attend, launch_call
 from .kin import LONGEST
 from .launch import INTERPRETED, Call
+from .plan import memory
 from .reach import each_sees
 from .rope import DTYPES
 
@@ -177,4 +178,4 @@ def code_of(call: Call, q: Tensor, k: Tensor, _v: Tensor) -> Hashable:
     return short(k.shape[2]), each_sees(q.shape[2], k.shape[2], *call.interval)
 
 
-ATTENDING: Final = attending(Call, declines_attention, launch_call, attend, code_of, "eager")
+ATTENDING: Final = Attending(Call, declines_attention, launch_call, attend, code_of, ("eager",), memory())

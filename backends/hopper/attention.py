@@ -18,8 +18,9 @@ from longspan.spec.checks import check_attention, check_lengths, check_ragged
 from longspan.spec.masks import Mask, documents, everything
 
 from ..flash import decode, paged
-from ..flash.attending import attending
+from ..flash.attending import Attending
 from ..flash.attention import one_batch
+from ..flash.plan import memory
 from ..flash.rope_function import PLAIN, transformed
 from ..registry import serve
 from .function import attend, call_of, launch_call
@@ -208,4 +209,4 @@ def code_of(call: Call, q: Tensor, k: Tensor, v: Tensor) -> Hashable:
     return variant(call, q, k, v)
 
 
-ATTENDING: Final = attending(call_of, declines_attention, launch_call, attend, code_of, "flash", "eager")
+ATTENDING: Final = Attending(call_of, declines_attention, launch_call, attend, code_of, OTHERS, memory())
