@@ -136,7 +136,7 @@ class Rows(NamedTuple):
     def __call__(self, given: Given, offsets: Tensor | int | None) -> tuple[None, Tensor] | None:
         """Lower; None if it cannot be repeated. No sequences, and rows."""
         rows = self.like.new_empty((4, self.b, self.m))
-        given, offsets = moved(rows.device, *dense(rows.device, given, offsets))  # kept until all is launched
+        given, offsets = moved(rows.device, given, offsets)  # kept until all is launched
         launched = self.bound(
             *(0 if x is None else x.data_ptr() for x in (given.q_lengths, given.k_lengths, given.lengths)),
             offsets.data_ptr() if isinstance(offsets, Tensor) else 0, rows.data_ptr(),
@@ -151,7 +151,8 @@ def dense(device: torch.device, given: Given, offsets: Tensor | int | None) -> t
 
 
 def moved(device: torch.device, given: Given, offsets: Tensor | int | None) -> tuple[Given, Tensor | int | None]:
-    """Take tensors to where rows are wanted."""
+    """Take tensors to where rows are wanted, laid out as `dense` says."""
+    given, offsets = dense(device, given, offsets)
     found = [x.to(device) if isinstance(x, Tensor) else x for x in (*given, offsets)]
     return Given(*found[:3]), found[3]
 
@@ -182,7 +183,7 @@ def lower_rows(
     _, b, m = rows.shape
     if b * m == 0:
         return None
-    given, offsets = moved(rows.device, *dense(rows.device, given, offsets))
+    given, offsets = moved(rows.device, given, offsets)
     bound = rows_kernel[(-(-m // BLOCK), b)](
         given.q_lengths, given.k_lengths, given.lengths, offsets if isinstance(offsets, Tensor) else None, rows,
         *numbers_of(sees, m, n, given, offsets, k_offset),
