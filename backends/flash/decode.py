@@ -13,7 +13,18 @@ from .decode_choices import FewChoice, choose_few, few_key, processors
 from .decode_kernel import few_kernel, few_merge_kernel
 from .fitting import fitting
 from .kin import Sizes
-from .launch import INTERPRETED, Call, all_seen, describable, describe, numbers_of, padded, per_sequence, renumbered
+from .launch import (
+    INTERPRETED,
+    Call,
+    all_seen,
+    describable,
+    describe,
+    longer,
+    numbers_of,
+    padded,
+    per_sequence,
+    renumbered,
+)
 from .plan import Bound
 
 WIDEST: Final = 256  # of a head whose row is held whole
@@ -147,8 +158,7 @@ class Repeated(NamedTuple):
 
     def longer(self, n: int, interval: tuple[int, ...]) -> "Repeated":
         """Take the code to n keys in the same places; see `growing.Launch.longer`."""
-        numbers = self.attended.numbers
-        numbers = *numbers[:14], n, *numbers[15:17], *interval, *numbers[22:]
+        numbers = longer(self.attended.numbers, n, interval)
         return Repeated(self.attended.longer(numbers, n), *self[1:])
 
     def __call__(

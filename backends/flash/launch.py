@@ -173,6 +173,11 @@ def renumbered(numbers: tuple[Any, ...], b: int, sizes: Sizes, interval: tuple[i
     return *q[:3], *k[:3], *v[:3], *numbers[9:13], m, n, *numbers[15:17], *interval, b * m, *numbers[23:]
 
 
+def longer(numbers: tuple[Any, ...], n: int, interval: tuple[int, ...]) -> tuple[Any, ...]:
+    """`numbers_of` a problem that differs in its number of keys alone, and in what the mask makes of it."""
+    return *numbers[:14], n, *numbers[15:17], *interval, *numbers[22:]
+
+
 def per_sequence(x: Tensor | None) -> int:
     """Stride from a sequence's numbers per head, [b, h], to the next's; 0 where [h] serves all."""
     return 0 if x is None or x.ndim == 1 else x.shape[1]
