@@ -13,9 +13,7 @@ import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 ALIGNED: Final = 16  # bytes: triton compiles for addresses that this divides, or for any; the copy engine wants it
-MAPS: Final = (
-    512  # descriptors of one launch that are kept at once: of keys and values of as many layers as models have
-)
+MAPS: Final = 512  # descriptors of one launch that are kept: of keys and values of as many layers as models have
 STREAM: Final = 3  # its place among what the launcher takes, after the grid
 VERSION: Final = "3.6."  # of triton, whose C launcher is called without the function around it
 # How triton numbers element types of descriptors on the device, and how the driver does.
