@@ -91,7 +91,7 @@ def test_rows_of_bounds_need_these_tiles_of_keys(source: str, warpgroups: int) -
     rows = torch.stack([seen.first, seen.last, seen.base, seen.position]).to(torch.int32)
     call = launch.Call(None, None, rows, None, (-m, n, n, 0, seen.keep), 1.0, None, torch.float16)
     with launch.flash.quiet():
-        plan = spans.spans(call, m, n, warpgroups, tall, wide).tolist()
+        plan = spans.spans(call, m, n, warpgroups, tall, wide)[0].tolist()
     see = visible(seen, n)
     for batch in range(b):
         for tile, (first, last, head_first, head_last, *own) in enumerate(plan[batch]):
@@ -117,7 +117,7 @@ def test_packed_documents_load_no_tile_that_nobody_sees() -> None:
     seen = lowering.lower(mask, b, m, n, q_offset=None, k_offset=0, device=torch.device("cpu"))
     call = launch.Call(None, None, seen.rows, None, tuple(seen.interval), 1.0, None, torch.float16)
     with launch.flash.quiet():
-        plan = spans.spans(call, m, n, 2, 64, 32)
+        plan = spans.spans(call, m, n, 2, 64, 32)[0]
     see = visible(bounds(mask, b, m, n), n)[0]
     exact = sum(len(needed(see[at : at + 128], 32)[0]) for at in range(0, m, 128))
     assert int((plan[..., 1] - plan[..., 0] + plan[..., 3] - plan[..., 2]).sum()) == exact

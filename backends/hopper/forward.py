@@ -18,7 +18,7 @@ from ..flash.plan import Bound
 from .choices import Variant, variant
 from .forward_kernel import forward_kernel
 from .launch import Call, describe
-from .spans import FIELDS, planned_spans
+from .spans import FIELDS, spans
 
 LEAST: Final = 1e-37  # a scale of 0 would make NaN of a score of -inf; this one makes every other score 0 as well
 
@@ -37,7 +37,7 @@ def forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor
     total, programs = tiles * b * h, processors(q.device.index)
     # Each launch counts its own tiles, from zero; where there are programs for all of them, none is counted.
     counter = lse.view(torch.int32) if total <= programs else torch.zeros(1, dtype=torch.int32, device=q.device)
-    plan, spans = (counter, None) if call.rows is None else planned_spans(call, m, n, form.W, form.M, form.N)
+    plan, found = (counter, None) if call.rows is None else spans(call, m, n, form.W, form.M, form.N)
     sink, alibi = (None if x is None else x.float() for x in (call.sink, call.alibi))
     bound = forward_kernel[(min(total, programs),)](
         describe(q, form.M, form.D), describe(k, form.N, form.D), describe(v, form.N, form.E),
@@ -47,11 +47,11 @@ def forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor
         plan, counter, total, tiles, h, h // g, m, b, e, *call.interval, int(sink is not None), int(alibi is not None),
         per_sequence(sink), per_sequence(alibi), *factors_of(call, form), C=form, num_warps=4,
     )  # fmt: skip
-    dense = (call.rows is None or spans is not None) and sink is call.sink and alibi is call.alibi
+    dense = (call.rows is None or found is not None) and sink is call.sink and alibi is call.alibi
     # Where the heuristic serves because what was tuned does not fit, sizes are told apart for other tiles than these.
     if call.wanted and dense and bound is not None and not overridden():
         empty, tall = (out.new_empty(0), lse.new_empty(0)), form.W * form.M
-        call.keep(Repeated(bound, *empty, (b, h, m, e), tall, programs, spans))
+        call.keep(Repeated(bound, *empty, (b, h, m, e), tall, programs, found))
     return out, lse
 
 

@@ -74,13 +74,8 @@ def spans_kernel(rows, plan, m, rows_size, n, keep, W: tl.constexpr, M: tl.const
         tl.store(out + 7 + 4 * w, full_last)
 
 
-def spans(call: Call, m: int, n: int, warpgroups: int, tall: int, wide: int) -> Tensor:
-    """Find the tiles of every tile of queries: int32 [b, t, 16]."""
-    return planned_spans(call, m, n, warpgroups, tall, wide)[0]
-
-
-def planned_spans(call: Call, m: int, n: int, warpgroups: int, tall: int, wide: int) -> tuple[Tensor, Bound | None]:
-    """Find `spans`, and say how they were launched."""
+def spans(call: Call, m: int, n: int, warpgroups: int, tall: int, wide: int) -> tuple[Tensor, Bound | None]:
+    """Find the tiles of every tile of queries, int32 [b, t, 16], and say how to find them again."""
     assert call.rows is not None  # noqa: S101 - for type checkers
     b, tiles = call.rows.shape[1], -(-m // (warpgroups * tall))
     plan = torch.empty(b, tiles, FIELDS, dtype=torch.int32, device=call.rows.device)
