@@ -1,19 +1,17 @@
 """Every bug planted in a kernel of `hopper` is rejected by the law that is there to reject it, on a GPU of sm_90."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from planted_bugs import SIMPLE, drawn_from, rejected
 
 from longspan import spec
-from longspan.backends import Backend
 from longspan.laws import LAWS, worst
 from longspan.laws.hopper_mutants import HOPPER_MUTANTS, QUANTISED, QUANTISING
 from longspan.laws.kernel_mutants import KernelMutant
-from longspan.laws.kernels import kernels, launches
+from longspan.laws.kernels import kernels
 from longspan.laws.planting import planted
 from longspan.laws.quantised import quantised_bounds
 from longspan.laws.strategies import attentions
@@ -25,12 +23,7 @@ values = pytest.importorskip("longspan.backends.hopper.values", exc_type=ImportE
 HOPPER: Final = "longspan.backends.hopper"
 TRIES: Final = 4  # problems; most mutants fall to the first
 CHECKS: Final = {law.name: law.check for law in LAWS}
-# What every problem has unless a mutant needs something else.
-SIMPLE: Final[dict[str, Any]] = {
-    "b": 1, "g": 2, "r": 1, "needle": False, "mean": 0.0, "amplitude": 1.0, "softcap": None, "sink": None,
-    "alibi": None, "scale": None, "q_offset": None, "k_offset": 0, "out_dtype": None, "storage": "bhmd",
-    "k_storage": None, "v_storage": None, "d_out_storage": "bhmd", "trained": "qkvs", "dead": 0.0,
-}  # fmt: skip
+PLAIN: Final[dict[str, Any]] = {**SIMPLE, "g": 2, "r": 1}
 
 
 def heads() -> list[torch.Tensor]:
@@ -62,37 +55,16 @@ OWN: Final = {QUANTISING: quantising_is_its_definition, QUANTISED: quantised_att
 
 
 def problems_of(mutant: KernelMutant) -> list[Any]:
-    """Draw the problems that a mutant is tried on; the same in every run."""
-    drawn: list[Any] = []
-
-    @settings(
-        max_examples=TRIES, derandomize=True, deadline=None, database=None, phases=[Phase.generate],
-        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
-    )  # fmt: skip
-    @given(attentions(**{**SIMPLE, **mutant.fixed}))
-    def draw(problem: Any) -> None:
-        drawn.append(problem)
-
-    if mutant.law in OWN:
-        return [None]
-    draw()
-    return drawn
+    """Draw the problems that a mutant is tried on."""
+    return [None] if mutant.law in OWN else drawn_from(attentions(**{**PLAIN, **mutant.fixed}), TRIES)
 
 
 @pytest.mark.skipif(hopper.unavailable() is not None, reason=str(hopper.unavailable()))
 @pytest.mark.parametrize("mutant", HOPPER_MUTANTS, ids=lambda mutant: mutant.name)
 def test_law_rejects(mutant: KernelMutant, tmp_path: Path) -> None:
-    check: Callable[[Backend, Any, str], Any] = (CHECKS | OWN)[mutant.law]
     with planted(mutant.name, mutant.edits, tmp_path, HOPPER) as backend:
-        for problem in problems_of(mutant):
-            try:
-                with launches() as names:
-                    check(backend, problem, "cuda")
-            except AssertionError:
-                assert mutant.kernel in names
-                check(hopper, problem, "cuda")  # which the kernel as it is passes
-                return
-    pytest.fail(f"{mutant.law} does not see that {mutant.name}")
+        found = rejected(mutant, problems_of(mutant), (CHECKS | OWN)[mutant.law], backend, hopper, "cuda")
+    assert found, f"{mutant.law} does not see that {mutant.name}"
 
 
 @pytest.mark.skipif(hopper.unavailable() is None, reason="planted above, and operators cannot be registered twice")
